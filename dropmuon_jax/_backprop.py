@@ -1,0 +1,112 @@
+"""The backward pass, computed for the active layers only."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._sampling import LayerMaskSampler
+
+
+def masked_value_and_grad(
+    loss_fn: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad`, with the backward pass stopped below the active layers.
+
+    Only the active leaves are differentiated. Because the mask is static, JAX never builds the
+    backward pass below the shallowest of them, nor keeps what it would need: in FLOPs and memory
+    the compiled step is that of a network whose other layers are constants. Put the gradient, the
+    optimizer and this mask in one `jax.jit`.
+
+    Args:
+        loss_fn: A function of `(params, *args, **kwargs)` that returns a scalar, or
+            `(scalar, aux)` with `has_aux`.
+        has_aux: Whether `loss_fn` returns auxiliary data.
+
+    Returns:
+        A function of `(params, *args, layer_mask, **kwargs)` that returns `(value, grads)`, or
+        `((value, aux), grads)` with `has_aux`. `grads` has the structure, shapes and dtypes of
+        `params`; it is zero at inactive leaves. It raises TypeError if `layer_mask` is missing,
+        traced or no tree of Python booleans, and ValueError if it does not fit `params`.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"stem": jnp.array(2.0), "head": jnp.array(5.0)}
+        >>> layers = dm.layers_by_path(params, ["stem", "head"])
+        >>> loss_fn = lambda p, x: p["head"] * (p["stem"] * x)
+        >>> value, grads = dm.masked_value_and_grad(loss_fn)(params, 3.0, layer_mask=layers.mask(1))
+        >>> print(value, grads["stem"], grads["head"])
+        30.0 0.0 6.0
+    """
+
+    def value_and_grad(params: Any, *args: Any, layer_mask: Any, **kwargs: Any):
+        layer_mask = resolve_mask(_required(layer_mask), params, {})
+        leaves, treedef = jax.tree.flatten(params)
+        active = treedef.flatten_up_to(layer_mask)
+
+        def loss_of_active(active_leaves):
+            chosen = iter(active_leaves)
+            merged = [next(chosen) if on else leaf for on, leaf in zip(active, leaves, strict=True)]
+            return loss_fn(treedef.unflatten(merged), *args, **kwargs)
+
+        active_leaves = [leaf for on, leaf in zip(active, leaves, strict=True) if on]
+        value, active_grads = jax.value_and_grad(loss_of_active, has_aux=has_aux)(active_leaves)
+        chosen = iter(active_grads)
+        grads = [
+            next(chosen) if on else jnp.zeros_like(leaf)
+            for on, leaf in zip(active, leaves, strict=True)
+        ]
+        return value, treedef.unflatten(grads)
+
+    return value_and_grad
+
+
+def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:
+    """A step whose depth is drawn on the device, for `lax.scan` and other loops there.
+
+    A `lax.switch` over the static step, compiled once with one branch for each depth. On XLA's CPU
+    backend convolutions inside a branch are slow (28 times, measured); there, draw on the host.
+
+    Args:
+        step_fn: A function of `(*args, layer_mask)`, `layer_mask` by keyword, whose outputs have
+            the same shapes and dtypes for every mask.
+        sampler: The sampler, or an optimizer made with one such as :func:`drop_muon`.
+
+    Returns:
+        A function of `(index, *args)`; `index`, a scalar integer array, is `sampler.sample(count)`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, dropmuon_jax as dm
+        >>> params = {"stem": jnp.ones((3, 3)), "head": jnp.ones((3, 2))}
+        >>> layers = dm.layers_by_path(params, ["stem", "head"])
+        >>> tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0)
+        >>> loss_fn = lambda p, x: jnp.sum((x @ p["stem"] @ p["head"]) ** 2)
+        >>> def train_step(params, state, x, layer_mask):
+        ...     loss, grads = dm.masked_value_and_grad(loss_fn)(params, x, layer_mask=layer_mask)
+        ...     updates, state = tx.update(grads, state, params, layer_mask=layer_mask)
+        ...     return (optax.apply_updates(params, updates), state), loss
+        >>> step = dm.switch_depth(train_step, tx)
+        >>> def body(carry, count):
+        ...     return step(tx.sample(count), *carry, jnp.eye(3))
+        >>> carry, losses = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(20))
+        >>> bool(losses[-1] < losses[0])
+        True
+    """
+    masks = [sampler.layers.subset(row.tolist()) for row in sampler.subsets]
+    branches = [functools.partial(step_fn, layer_mask=mask) for mask in masks]
+
+    def switched(index: jax.Array, *args: Any) -> Any:
+        return jax.lax.switch(index, branches, *args)
+
+    return switched
+
+
+def _required(layer_mask: Any) -> Any:
+    if layer_mask is None:
+        raise TypeError(
+            "layer_mask is None; pass layers.mask(depth), or layers.mask(0) for all layers."
+        )
+    return layer_mask

@@ -1,0 +1,47 @@
+"""Names of leaves, and the patterns that match them."""
+
+import re
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, KeyPath
+
+
+def leaf_keys(tree: Any) -> list[str]:
+    """A key for each leaf that is the same in the whole tree and in a masked part of it."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The path of each leaf as a user writes it: `blocks/3/kernel`.
+
+    An NNX variable is a node with the single child `.value`; that last component is left out.
+    """
+    paths: list[KeyPath] = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    children: dict[KeyPath, int] = {}
+    for path in paths:
+        children[path[:-1]] = children.get(path[:-1], 0) + 1
+
+    def shorten(path: KeyPath) -> KeyPath:
+        wraps_one_value = path and path[-1] == GetAttrKey("value") and children[path[:-1]] == 1
+        return path[:-1] if wraps_one_value else path
+
+    return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The expression that finds a pattern in a leaf path.
+
+    A pattern is a run of whole path components, `*` stands for any characters inside one of them,
+    and a leading `/` ties it to the root of the tree.
+
+    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_1/kernel"))
+    True
+    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_10/kernel"))
+    False
+    >>> bool(compile_pattern("/Dense_0").search("Block_0/Dense_0/kernel"))
+    False
+    """
+    anchored = pattern.startswith("/")
+    body = re.escape(pattern.strip("/")).replace(r"\*", "[^/]*")
+    return re.compile(("^" if anchored else "(?:^|/)") + body + "(?:/|$)")

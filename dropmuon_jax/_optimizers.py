@@ -1,0 +1,197 @@
+"""Ready-made optimizers: compositions of the transformations of this package, no arithmetic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from dropmuon_jax import _momentum
+from dropmuon_jax._checks import check_extra_args, check_nonnegative, is_python_number
+from dropmuon_jax._layers import Layers
+from dropmuon_jax._lmo import newton_schulz_lmo
+from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
+from dropmuon_jax._subtrees import chain_subtrees, matrix_labels, per_layer
+
+
+def drop_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    depth_distribution: LayerDistribution,
+    *,
+    seed: int,
+    momentum: optax.GradientTransformation | None = None,
+    lmo: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    auxiliary: optax.GradientTransformation | None = None,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
+    labels: Any | Callable[[Any], Any] | None = None,
+) -> LayerMaskSampler:
+    r"""Drop-Muon: in each step, a Muon step of the layers from a random depth to the output.
+
+    The matrices of each active layer i step by
+
+    .. math::
+        M_i &\leftarrow \text{decay}\, M_i + (1 - \text{decay})\, \nabla_i f(X; \xi) \\
+        X_i &\leftarrow X_i - \gamma_k
+        \max(1, \tfrac{\text{fan-out}}{\text{fan-in}})^{1/2}\, UV^\top(M_i)
+
+    and inactive layers stay bit for bit what they are, momentum and counts included. Everything
+    that is no matrix (biases, norm scales, embeddings) goes to an auxiliary optimizer, frozen layer
+    by layer in the same way. The optimizer saves its own work on inactive layers; take the
+    gradients with :func:`masked_value_and_grad` and the same mask to save the backward pass.
+
+    It is `optax.chain` of :func:`layer_mask_sampler` and :func:`chain_subtrees`; write the chain
+    yourself for more than these arguments.
+
+    Args:
+        learning_rate: The radius γ of a step, or a schedule of it over all steps.
+        layers: The layers, over the whole parameters.
+        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
+        seed: Seed of the draws, a Python integer.
+        momentum: The momentum of the matrices, by default `momentum(decay=0.9)`.
+        lmo: The LMO of the matrices, by default `newton_schulz_lmo(shape_factor="muon")`.
+        weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X.
+        auxiliary: The direction for everything else, without its learning rate, by default
+            `optax.scale_by_adam()`; for AdamW chain it with `optax.add_decayed_weights`.
+        auxiliary_learning_rate: Its learning rate, by default `learning_rate`.
+        labels: A tree, or a function of the parameters, that labels each leaf "matrix" or "other",
+            by default :func:`matrix_labels`.
+
+    Returns:
+        A :class:`LayerMaskSampler`: a transformation whose `update` requires the extra argument
+        `layer_mask`, with `depth(step)` for the host and `sample(count)` for the device.
+
+    Raises:
+        TypeError: If `seed` is missing; in `update`, if `layer_mask` is missing.
+        ValueError: For bad numbers; at `init`, for a leaf in no layer, or labelled "matrix" that is
+            none.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
+        >>> params = {"stem": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
+        ...           "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
+        >>> layers = dm.layers_by_path(params, ["stem", "head"])
+        >>> tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0)
+        >>> updates, state = tx.update(params, tx.init(params), params, layer_mask=layers.mask(1))
+        >>> print(updates["stem"]["bias"], updates["head"]["bias"].round(3))
+        [-0. -0. -0. -0.] [-0.1 -0.1]
+
+    References:
+        Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
+        arXiv:2510.02239, Algorithm 1, in its LMO form with radius γ. The shape factor is Muon's
+        (Jordan et al., 2024), and the auxiliary optimizer is customary, not the paper's.
+    """
+    sampler = layer_mask_sampler(layers, depth_distribution, seed=seed)
+    subtrees = _muon_subtrees(
+        learning_rate,
+        momentum=momentum,
+        lmo=lmo,
+        weight_decay=weight_decay,
+        auxiliary=auxiliary,
+        auxiliary_learning_rate=auxiliary_learning_rate,
+        labels=labels,
+        freeze=lambda inner: per_layer(inner, layers),
+    )
+    return sampler.drive(optax.chain(sampler, subtrees))
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: optax.GradientTransformation | None = None,
+    lmo: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    auxiliary: optax.GradientTransformation | None = None,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
+    labels: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon: :func:`drop_muon` with every layer in every step, and therefore without layers.
+
+    It differs from `optax.contrib.muon` in: 1. the polynomial, Polar Express by default, which is
+    closer to the polar factor at five steps as well. 2. No Nesterov momentum unless asked for.
+    3. Convolutions and named axes are matrices too; embeddings are not. 4. A leaf it cannot handle
+    is an error at `init`.
+
+    Args:
+        learning_rate: The radius of a step, or a schedule of it.
+        momentum: As in :func:`drop_muon`.
+        lmo: As in :func:`drop_muon`.
+        weight_decay: As in :func:`drop_muon`.
+        auxiliary: As in :func:`drop_muon`.
+        auxiliary_learning_rate: As in :func:`drop_muon`.
+        labels: As in :func:`drop_muon`.
+
+    Returns:
+        A transformation. It takes no `layer_mask`.
+
+    Raises:
+        TypeError: In `update`, for a `layer_mask`: Adam's moments would not be frozen.
+        ValueError: For bad numbers; at `init`, for a leaf labelled "matrix" that is none.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
+        >>> tx = dm.muon(0.1)
+        >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+        >>> updates, _ = tx.update({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, tx.init(params))
+        >>> print(updates["bias"].round(3))
+        [-0.1 -0.1]
+
+    References:
+        Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
+    """
+    init, update = _muon_subtrees(
+        learning_rate,
+        momentum=momentum,
+        lmo=lmo,
+        weight_decay=weight_decay,
+        auxiliary=auxiliary,
+        auxiliary_learning_rate=auxiliary_learning_rate,
+        labels=labels,
+        freeze=optax.with_extra_args_support,
+    )
+
+    def update_all_layers(updates, state, params=None, **extra_args):
+        if extra_args.get("layer_mask") is not None:
+            raise TypeError("muon updates every layer and takes no layer_mask; use drop_muon.")
+        check_extra_args(extra_args)
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update_all_layers)
+
+
+def _muon_subtrees(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: optax.GradientTransformation | None,
+    lmo: optax.GradientTransformation | None,
+    weight_decay: float,
+    auxiliary: optax.GradientTransformation | None,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
+    labels: Any | Callable[[Any], Any] | None,
+    freeze: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of the matrices and the chain of everything else."""
+    if auxiliary_learning_rate is None:
+        auxiliary_learning_rate = learning_rate
+    for name, rate in (
+        ("learning_rate", learning_rate),
+        ("auxiliary_learning_rate", auxiliary_learning_rate),
+    ):
+        if not callable(rate):
+            check_nonnegative(name, rate)
+    check_nonnegative("weight_decay", weight_decay)
+    no_decay = is_python_number(weight_decay) and weight_decay == 0
+
+    matrices = optax.chain(
+        _momentum.momentum(decay=0.9) if momentum is None else momentum,
+        newton_schulz_lmo(shape_factor="muon") if lmo is None else lmo,
+        *([] if no_decay else [freeze(optax.add_decayed_weights(weight_decay))]),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    others = optax.chain(
+        freeze(optax.scale_by_adam() if auxiliary is None else auxiliary),
+        optax.scale_by_learning_rate(auxiliary_learning_rate),
+    )
+    return chain_subtrees(
+        {"matrix": matrices, "other": others}, matrix_labels if labels is None else labels
+    )

@@ -1,0 +1,251 @@
+"""Distributions over the sets of layers that a step updates."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from dropmuon_jax._checks import check_nonnegative, static_int
+
+# Each subset that can be drawn may become an executable; more than this is a mistake.
+_MAX_SUBSETS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDistribution:
+    """A distribution over subsets of the layers, as a function of the step.
+
+    Like a learning-rate schedule it is pure in the step, which may be traced. Write your own by
+    giving the two functions; for a distribution over depths take `subsets=dm.depth_subsets`.
+
+    Attributes:
+        subsets: From the number of layers b to the subsets that can be drawn, a NumPy array of
+            booleans of shape (num_subsets, b), True = active. Static.
+        probabilities: From the step, a scalar integer array, and the static b to the probability of
+            each subset, of shape (num_subsets,), in float32 under every JAX configuration.
+    """
+
+    subsets: Callable[[int], Bool[np.ndarray, "num_subsets num_layers"]]
+    probabilities: Callable[[Array | int, int], Float[Array, " num_subsets"]]
+
+    def inclusion_probabilities(
+        self, step: Array | int, num_layers: int
+    ) -> Float[Array, " num_layers"]:
+        """π_i = Σ_{S ∋ i} P(S), how likely each layer is active in a step; by enumeration."""
+        subsets = jnp.asarray(self.subsets(num_layers), jnp.float32)
+        return self.probabilities(step, num_layers) @ subsets
+
+
+def depth_subsets(num_layers: int) -> Bool[np.ndarray, "num_layers num_layers"]:
+    """Row s holds the layers of depth s: s, s+1, …, num_layers - 1.
+
+    >>> depth_subsets(3).astype(int)
+    array([[1, 1, 1],
+           [0, 1, 1],
+           [0, 0, 1]])
+    """
+    return np.triu(np.ones((num_layers, num_layers), dtype=bool))
+
+
+def full_depth() -> LayerDistribution:
+    """Depth 0 always: every layer in every step, which is Muon, Scion or Gluon.
+
+    Returns:
+        A :class:`LayerDistribution` over depths.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> print(dm.full_depth().probabilities(0, 3))
+        [1. 0. 0.]
+    """
+    return LayerDistribution(
+        depth_subsets, lambda step, num_layers: jnp.eye(num_layers, dtype=jnp.float32)[0]
+    )
+
+
+def uniform_depth() -> LayerDistribution:
+    """Every depth with the same probability, p_s = 1/b, so that π_i = (i + 1)/b.
+
+    Returns:
+        A :class:`LayerDistribution` over depths.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> print(dm.uniform_depth().inclusion_probabilities(0, 4))
+        [0.25 0.5  0.75 1.  ]
+
+    References:
+        Gruntkowska et al., *Drop-Muon*, 2025, arXiv:2510.02239 (the uniform index sampling).
+    """
+    return LayerDistribution(
+        depth_subsets, lambda step, num_layers: jnp.full(num_layers, 1 / num_layers, jnp.float32)
+    )
+
+
+def fixed_depth(probabilities: Sequence[float]) -> LayerDistribution:
+    """Depth s with probability `probabilities[s]`, in every step.
+
+    Args:
+        probabilities: One for each layer, shallow to deep, nonnegative, summing to one. The first
+            is that of a full step.
+
+    Returns:
+        A :class:`LayerDistribution` over depths.
+
+    Raises:
+        ValueError: If they are negative or do not sum to one; at construction of the sampler, if
+            their number is not the number of layers.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> print(dm.fixed_depth([0.5, 0.25, 0.25]).inclusion_probabilities(0, 3))
+        [0.5  0.75 1.  ]
+
+    References:
+        Gruntkowska et al., *Drop-Muon*, 2025, arXiv:2510.02239 (randomized progressive training).
+    """
+    fixed = np.asarray(probabilities, dtype=np.float64)
+    if fixed.ndim != 1 or not fixed.size:
+        raise ValueError(f"probabilities must be a sequence of numbers, got {probabilities!r}.")
+    if not (fixed >= 0).all():
+        raise ValueError(f"probabilities must not be negative, got {fixed.tolist()}.")
+    if not math.isclose(fixed.sum(), 1, abs_tol=1e-6):
+        raise ValueError(f"probabilities must sum to 1, got {fixed.sum():g} from {fixed.tolist()}.")
+    fixed = fixed / fixed.sum()
+    return LayerDistribution(
+        depth_subsets, lambda step, num_layers: jnp.asarray(fixed, jnp.float32)
+    )
+
+
+def epoch_shift_depth(num_steps: int, alpha: float = 0.5) -> LayerDistribution:
+    r"""Full steps are likely at first and ever less so: shallow layers are trained early.
+
+    .. math::
+        p_s \propto \exp(\alpha [(1 - \tau)(b - 1 - s) + \tau s]),
+        \qquad \tau = \min(\text{step} / \text{num\_steps}, 1)
+
+    which is uniform at τ = ½ and for α = 0.
+
+    Args:
+        num_steps: Steps of the whole run, at least 1; τ stays 1 after them. Static.
+        alpha: How far the distribution leans, at least 0. The paper shows 0.5.
+
+    Returns:
+        A :class:`LayerDistribution` over depths.
+
+    Raises:
+        ValueError: If `num_steps` is below 1 or `alpha` is negative.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> distribution = dm.epoch_shift_depth(num_steps=100)
+        >>> for step in (0, 50, 100):
+        ...     print((100 * distribution.probabilities(step, 3)).round())
+        [51. 31. 19.]
+        [33. 33. 33.]
+        [19. 31. 51.]
+
+    References:
+        Gruntkowska et al., *Drop-Muon*, 2025, arXiv:2510.02239, names this sampling and its α; the
+        formula is that of a third-party implementation and was not seen in the paper.
+    """
+    num_steps = static_int("num_steps", num_steps, minimum=1)
+    check_nonnegative("alpha", alpha)
+
+    def probabilities(step, num_layers):
+        depth = jnp.arange(num_layers, dtype=jnp.float32)
+        tau = jnp.minimum(jnp.asarray(step, jnp.float32) / num_steps, 1)
+        return jax.nn.softmax(alpha * ((1 - tau) * (num_layers - 1 - depth) + tau * depth))
+
+    return LayerDistribution(depth_subsets, probabilities)
+
+
+def independent_layers(probabilities: Sequence[float]) -> LayerDistribution:
+    """Each layer on its own: layer i is active with probability `probabilities[i]`.
+
+    The backward pass reaches down to the shallowest active layer. Every subset of nonzero
+    probability, the empty one included, can become an executable: 2^b of them.
+
+    Args:
+        probabilities: One for each layer, shallow to deep, in [0, 1].
+
+    Returns:
+        A :class:`LayerDistribution` over subsets.
+
+    Raises:
+        ValueError: If a probability is outside [0, 1], or for more than 12 layers, which would make
+            more than 4096 subsets; at construction of the sampler, if their number is not the
+            number of layers.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> distribution = dm.independent_layers([0.25, 1.0])
+        >>> distribution.subsets(2).tolist()
+        [[False, True], [True, True]]
+        >>> print(distribution.probabilities(0, 2))
+        [0.75 0.25]
+    """
+    included = np.asarray(probabilities, dtype=np.float64)
+    if included.ndim != 1 or not included.size:
+        raise ValueError(f"probabilities must be a sequence of numbers, got {probabilities!r}.")
+    if not ((included >= 0) & (included <= 1)).all():
+        raise ValueError(f"probabilities must lie in [0, 1], got {included.tolist()}.")
+    _check_num_subsets(2 ** int(((included > 0) & (included < 1)).sum()))
+    # A layer of probability 0 or 1 is never or always active.
+    choices = [[False] * (p < 1) + [True] * (p > 0) for p in included.tolist()]
+    subsets = np.array(list(itertools.product(*choices)), dtype=bool)
+    chances = np.where(subsets, included, 1 - included).prod(axis=1)
+    return LayerDistribution(
+        lambda num_layers: subsets, lambda step, num_layers: jnp.asarray(chances, jnp.float32)
+    )
+
+
+def fixed_size_subsets(size: int) -> LayerDistribution:
+    """A subset of `size` layers, each as likely as any other, so that π_i = size/b.
+
+    Args:
+        size: How many layers are active in each step, at least 1.
+
+    Returns:
+        A :class:`LayerDistribution` over subsets, in lexicographic order.
+
+    Raises:
+        ValueError: If `size` is below 1; at construction of the sampler, if it exceeds the number
+            of layers or makes more than 4096 subsets.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> print(dm.fixed_size_subsets(2).inclusion_probabilities(0, 4))
+        [0.5 0.5 0.5 0.5]
+    """
+    size = static_int("size", size, minimum=1)
+
+    def subsets(num_layers: int) -> np.ndarray:
+        if size > num_layers:
+            raise ValueError(
+                f"size must be at most {num_layers}, the number of layers, got {size}."
+            )
+        _check_num_subsets(math.comb(num_layers, size))
+        rows = np.zeros((math.comb(num_layers, size), num_layers), dtype=bool)
+        for row, chosen in zip(rows, itertools.combinations(range(num_layers), size), strict=True):
+            row[list(chosen)] = True
+        return rows
+
+    def probabilities(step, num_layers):
+        count = math.comb(num_layers, size)
+        return jnp.full(count, 1 / count, jnp.float32)
+
+    return LayerDistribution(subsets, probabilities)
+
+
+def _check_num_subsets(count: int) -> None:
+    if count > _MAX_SUBSETS:
+        raise ValueError(
+            f"The distribution has {count} subsets, and each can become an executable; at most "
+            f"{_MAX_SUBSETS} are allowed. Merge layers first with layers.group(k)."
+        )

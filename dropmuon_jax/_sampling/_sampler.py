@@ -1,0 +1,249 @@
+"""`layer_mask_sampler`: which layers a step updates, on the host and on the device."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from dropmuon_jax._checks import check_extra_args, static_int
+from dropmuon_jax._layers import Layers
+from dropmuon_jax._masks import map_active, resolve_mask
+from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
+
+_RESOLUTION_BITS = 24  # of a float32's mantissa: probabilities are rounded to multiples of 2^-24
+_STEPS_PER_BLOCK = 1024  # how many steps the host draws at once
+
+
+class LayerMaskSamplerState(NamedTuple):
+    """State of :func:`layer_mask_sampler`."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Number of steps taken, a scalar int32; the step to resume from."""
+
+
+class LayerMaskSampler(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that also knows which layers each step updates.
+
+    Made by :func:`layer_mask_sampler` and, with a whole optimizer behind it, by
+    :func:`drop_muon`. Every draw is a pure function of seed and step.
+
+    Attributes:
+        layers: The :class:`Layers` that are drawn from.
+        distribution: The :class:`LayerDistribution`.
+        subsets: NumPy booleans of shape (num_subsets, num_layers): what can be drawn, by index. For
+            a distribution over depths the index is the depth.
+    """
+
+    layers: Layers
+    distribution: LayerDistribution
+    subsets: np.ndarray
+    _seed: int | jax.Array
+
+    def sample(self, count: Int[Array, ""] | int) -> Int[Array, ""]:
+        """The drawn index of a step, for use on the device; `count` may be traced.
+
+        Returns:
+            A scalar int32: the depth, or the row of `subsets`, for :func:`switch_depth`.
+        """
+        key = jax.random.fold_in(jax.random.key(self._seed, impl="threefry2x32"), count)
+        # The folded key is itself 64 random bits, the same under every JAX configuration.
+        bits = jax.random.key_data(key)[0] >> (32 - _RESOLUTION_BITS)
+        # In integers the sum below is exact, in whatever order a backend takes it.
+        total = 1 << _RESOLUTION_BITS
+        shares = jnp.round(self.probabilities(count) * total).astype(jnp.int32)
+        missing = total - jnp.sum(shares, dtype=jnp.int32)
+        shares = shares.at[jnp.argmax(shares)].add(missing)
+        thresholds = jnp.cumsum(shares, dtype=jnp.int32)[:-1]
+        return jnp.sum(bits.astype(jnp.int32) >= thresholds, dtype=jnp.int32)
+
+    def depth(self, step: int) -> int:
+        """The depth of a step, on the host, without touching the device that trains.
+
+        Args:
+            step: A Python integer, at least 0.
+
+        Returns:
+            A Python integer in [0, num_layers), equal to `sample(step)`.
+
+        Raises:
+            TypeError: If `step` is an array (reading it back would end asynchronous dispatch), or
+                the distribution is not over depths.
+            ValueError: If `step` is negative.
+        """
+        if not self._draws_depths:
+            raise TypeError(
+                "This distribution draws arbitrary subsets, not depths. Take sampler.active(step) "
+                "as the static argument and layers.subset(active) as the mask."
+            )
+        return self._index(step)
+
+    def active(self, step: int) -> tuple[bool, ...]:
+        """The layers of a step, one boolean each, on the host; hashable, so a static argument.
+
+        `layers.subset(active)` is the mask. Raises as :meth:`depth` does.
+        """
+        return tuple(self.subsets[self._index(step)].tolist())
+
+    def probabilities(self, step: Array | int) -> Float[Array, " num_subsets"]:
+        """The probability of each row of `subsets` at a step: of each depth."""
+        return self.distribution.probabilities(step, self.layers.num_layers)
+
+    def inclusion_probabilities(self, step: Array | int) -> Float[Array, " num_layers"]:
+        """How likely each layer is active at a step; exact."""
+        return self.distribution.inclusion_probabilities(step, self.layers.num_layers)
+
+    def drive(self, transformation: optax.GradientTransformation) -> "LayerMaskSampler":
+        """A transformation with this sampler's draws beside its `init` and `update`."""
+        init, update = optax.with_extra_args_support(transformation)
+        return _make_sampler(init, update, self.layers, self.distribution, self._seed)
+
+    @functools.cached_property
+    def _draws_depths(self) -> bool:
+        return np.array_equal(self.subsets, depth_subsets(self.layers.num_layers))
+
+    def _index(self, step: int) -> int:
+        step = static_int(
+            "step", step, minimum=0, hint="Count the steps in Python, or use sampler.sample."
+        )
+        block, offset = divmod(step, _STEPS_PER_BLOCK)
+        return int(self._draw_block(block)[offset])
+
+    @functools.cached_property
+    def _draw_block(self):
+        sample = jax.jit(jax.vmap(self.sample))
+
+        @functools.lru_cache(maxsize=4)
+        def draw_block(block: int) -> np.ndarray:
+            start = block * _STEPS_PER_BLOCK
+            steps = np.arange(start, start + _STEPS_PER_BLOCK, dtype=np.int32)
+            # On the host's processor, so that a busy accelerator is not waited for; and now, even
+            # if a user's trace is under way.
+            with jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
+                return np.asarray(sample(steps))
+
+        return draw_block
+
+
+def layer_mask_sampler(
+    layers: Layers, depth_distribution: LayerDistribution, *, seed: int | jax.Array
+) -> LayerMaskSampler:
+    """Draws the layers of each step, and lets only their updates through.
+
+    It stands first in a chain. The mask of a step is static, so the step is specialised to it: draw
+    with `.depth(step)` on the host, hand it to the jitted step as a static argument, build the mask
+    with `layers.mask(depth)`, and give that both to :func:`masked_value_and_grad` and to `update`.
+    In a loop on the device, `.sample(count)` draws the same depths for :func:`switch_depth`.
+
+    Both draws are pure functions of seed and step: the same on every process of a pod, and after a
+    restart from the step alone. They agree bit for bit, except that a distribution that computes
+    probabilities with transcendental functions (:func:`epoch_shift_depth`) may round them
+    differently on another backend, which can change a draw with probability about 1e-7 a step.
+
+    Args:
+        layers: The layers, over the whole parameters.
+        depth_distribution: A :class:`LayerDistribution`, such as :func:`uniform_depth`.
+        seed: A Python integer, at least 0. (A scalar array works too, for `sample` only.)
+
+    Returns:
+        A :class:`LayerMaskSampler`: a transformation whose `update` requires the extra argument
+        `layer_mask`, sets the updates of inactive leaves to zero and counts its steps, with the
+        methods `depth`, `active`, `sample`, `probabilities` and `inclusion_probabilities`.
+
+    Raises:
+        TypeError: If `seed` is missing or no integer; in `update`, if `layer_mask` is missing.
+        ValueError: If the distribution does not fit the number of layers, or its probabilities at
+            step 0 are negative or do not sum to one; at `init`, for a leaf that is in no layer.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"stem": jnp.ones(2), "mid": jnp.ones(2), "head": jnp.ones(2)}
+        >>> layers = dm.layers_by_path(params, ["stem", "mid", "head"])
+        >>> sampler = dm.layer_mask_sampler(layers, dm.uniform_depth(), seed=0)
+        >>> depths = [sampler.depth(step) for step in range(8)]
+        >>> depths == [int(sampler.sample(step)) for step in range(8)]
+        True
+        >>> updates, state = sampler.update(params, sampler.init(params), layer_mask=layers.mask(1))
+        >>> print(updates["stem"], updates["mid"], updates["head"])
+        [0. 0.] [1. 1.] [1. 1.]
+
+    References:
+        Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
+        arXiv:2510.02239, Algorithm 1.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(f"layers must be made by layers_by_path or trace_layers, got {layers!r}.")
+    if not isinstance(depth_distribution, LayerDistribution):
+        raise TypeError(
+            "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), "
+            f"got {depth_distribution!r}."
+        )
+    if not isinstance(seed, jax.Array):
+        seed = static_int("seed", seed, minimum=0)
+    _check_distribution(depth_distribution, layers)
+
+    def init_fn(params: optax.Params) -> LayerMaskSamplerState:
+        layers.depths_of(params)  # an error if a leaf is in no layer
+        return LayerMaskSamplerState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
+        del params
+        if layer_mask is None:
+            check_extra_args(extra_args)
+            raise TypeError(
+                "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
+                "gradients were taken with: layer_mask=layers.mask(depth)."
+            )
+        layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        updates = map_active(lambda update: update, layer_mask, updates)
+        return updates, LayerMaskSamplerState(jnp.asarray(optax.safe_increment(state.count)))
+
+    return _make_sampler(init_fn, update_fn, layers, depth_distribution, seed)
+
+
+def _make_sampler(
+    init: Any,
+    update: Any,
+    layers: Layers,
+    distribution: LayerDistribution,
+    seed: int | jax.Array,
+) -> LayerMaskSampler:
+    # Optax unpacks a transformation as the pair (init, update), so all else is an attribute.
+    sampler = LayerMaskSampler(init, update)
+    sampler.layers = layers
+    sampler.distribution = distribution
+    sampler.subsets = np.asarray(distribution.subsets(layers.num_layers))
+    sampler._seed = seed
+    return sampler
+
+
+def _check_distribution(distribution: LayerDistribution, layers: Layers) -> None:
+    """Error unless the distribution fits the layers."""
+    num_layers = layers.num_layers
+    subsets = np.asarray(distribution.subsets(num_layers))
+    if subsets.ndim != 2 or subsets.shape[1] != num_layers or subsets.dtype != bool:
+        raise ValueError(
+            f"The distribution is over {subsets.shape[-1]} layers and there are {num_layers}: "
+            f"{', '.join(layers.names)}."
+        )
+    with jax.ensure_compile_time_eval():
+        probabilities = np.asarray(distribution.probabilities(0, num_layers))
+    if probabilities.shape != (len(subsets),):
+        raise ValueError(
+            f"The distribution gives {probabilities.size} probabilities, and {num_layers} layers "
+            f"need {len(subsets)}: {', '.join(layers.names)}."
+        )
+    if not (probabilities >= 0).all():
+        raise ValueError(f"probabilities must not be negative, got {probabilities} at step 0.")
+    if not np.isclose(probabilities.sum(), 1, atol=1e-5):
+        raise ValueError(f"probabilities must sum to 1, got {probabilities.sum():g} at step 0.")
+
+
+def _host_device() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS without "cpu"
+        return None

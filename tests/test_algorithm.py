@@ -1,0 +1,181 @@
+"""Trajectories against the float64 transcription of Algorithm 1, and Muon as a special case."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dropmuon_jax as dm
+import reference
+from dropmuon_jax._orthogonalize import resolve_polynomials
+
+NAMES = ("stem", "mid", "head")
+LEARNING_RATE = 0.05
+DECAY = 0.8
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = {"stem": (3, 3, 2, 5), "mid": (5, 7), "head": (7, 3)}
+    return {name: jnp.asarray(rng.normal(size=shapes[name]) / 3, dtype) for name in NAMES}
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    hidden = jax.lax.conv_general_dilated(
+        x, params["stem"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    hidden = jnp.tanh(jnp.mean(hidden, axis=(1, 2)))
+    return jnp.mean((jnp.tanh(hidden @ params["mid"]) @ params["head"] - y) ** 2)
+
+
+def batches(count, dtype):
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        yield (
+            jnp.asarray(rng.normal(size=(6, 4, 4, 2)), dtype),
+            jnp.asarray(rng.normal(size=(6, 3)), dtype),
+        )
+
+
+def make_step(tx, layers):
+    @functools.partial(jax.jit, static_argnames="active")
+    def step(params, state, batch, active):
+        mask = layers.subset(active)
+        _, grads = dm.masked_value_and_grad(loss_fn)(params, batch, layer_mask=mask)
+        updates, state = tx.update(grads, state, params, layer_mask=mask)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def max_difference(params, reference_params):
+    return max(np.max(np.abs(np.asarray(params[n]) - reference_params[n])) for n in NAMES)
+
+
+DISTRIBUTIONS = {
+    "full": dm.full_depth(),
+    "uniform": dm.uniform_depth(),
+    "fixed": dm.fixed_depth([0.2, 0.3, 0.5]),
+    "epoch_shift": dm.epoch_shift_depth(num_steps=10),
+    "independent": dm.independent_layers([0.3, 0.6, 0.8]),
+    "pairs": dm.fixed_size_subsets(2),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_ten_steps_with_an_exact_lmo_equal_algorithm_1(name):
+    with jax.enable_x64(True):
+        params = make_params(jnp.float64)
+        layers = dm.layers_by_path(params, NAMES)
+        # Twelve steps of the iteration are the SVD to rounding: the tolerance is float64's.
+        lmo = dm.newton_schulz_lmo(shape_factor="muon", num_steps=12)
+        tx = dm.drop_muon(
+            LEARNING_RATE,
+            layers,
+            DISTRIBUTIONS[name],
+            seed=3,
+            momentum=dm.momentum(DECAY),
+            lmo=lmo,
+        )
+        state, step = tx.init(params), make_step(tx, layers)
+        ours = params
+        theirs = reference.DropMuon(params, LEARNING_RATE, DECAY)
+        for k, batch in enumerate(batches(10, jnp.float64)):
+            active = tx.active(k)
+            grads = jax.grad(loss_fn)({n: jnp.asarray(x) for n, x in theirs.params.items()}, batch)
+            theirs.step(grads, [n for n, on in zip(NAMES, active, strict=True) if on])
+            ours, state = step(ours, state, batch, active)
+            assert max_difference(ours, theirs.params) < 1e-9
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "muon", "dion"])
+def test_ten_steps_with_the_iteration_equal_its_own_polynomials(coefficients):
+    with jax.enable_x64(True):
+        params = make_params(jnp.float64)
+        layers = dm.layers_by_path(params, NAMES)
+        tx = dm.drop_muon(
+            LEARNING_RATE,
+            layers,
+            dm.uniform_depth(),
+            seed=5,
+            momentum=dm.momentum(DECAY),
+            lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients=coefficients),
+        )
+        state, step = tx.init(params), make_step(tx, layers)
+        polynomials = resolve_polynomials(coefficients, None)
+        theirs = reference.DropMuon(
+            params,
+            LEARNING_RATE,
+            DECAY,
+            lambda m: reference.polynomial_polar_factor(m, *polynomials),
+        )
+        ours = params
+        for k, batch in enumerate(batches(10, jnp.float64)):
+            grads = jax.grad(loss_fn)({n: jnp.asarray(x) for n, x in theirs.params.items()}, batch)
+            theirs.step(grads, NAMES[tx.depth(k) :])
+            ours, state = step(ours, state, batch, tx.active(k))
+            assert max_difference(ours, theirs.params) < 1e-9
+
+
+def test_a_float32_step_is_within_the_stated_band_of_algorithm_1():
+    params = make_params()
+    layers = dm.layers_by_path(params, NAMES)
+    tx = dm.drop_muon(LEARNING_RATE, layers, dm.full_depth(), seed=0)
+    grads = jax.grad(loss_fn)(params, next(batches(1, jnp.float32)))
+    updates, _ = tx.update(grads, tx.init(params), params, layer_mask=layers.mask(0))
+    exact = reference.DropMuon(params, LEARNING_RATE, 0.9)
+    exact.step(grads, NAMES)
+    for name in NAMES:
+        cols = params[name].shape[-1]
+        exact_step = (exact.params[name] - np.asarray(params[name], np.float64)).reshape(-1, cols)
+        radius = np.linalg.norm(exact_step, 2)
+        difference = np.asarray(updates[name], np.float64).reshape(-1, cols) - exact_step
+        assert np.linalg.norm(difference, 2) / radius < 0.17
+
+
+def test_with_full_sampling_drop_muon_equals_muon():
+    params = {**make_params(), "bias": jnp.zeros(3)}
+    layers = dm.layers_by_path(params, ["stem", "mid", ("head", "bias")])
+    options = {"weight_decay": 0.1, "momentum": dm.momentum(0.9, nesterov=True)}
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    drop = dm.drop_muon(schedule, layers, dm.full_depth(), seed=0, **options)
+    full = dm.muon(schedule, **options)
+    drop_params = full_params = params
+    drop_state, full_state = drop.init(params), full.init(params)
+    rng = np.random.default_rng(4)
+    for k in range(5):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        mask = layers.mask(drop.depth(k))
+        updates, drop_state = drop.update(grads, drop_state, drop_params, layer_mask=mask)
+        drop_params = optax.apply_updates(drop_params, updates)
+        updates, full_state = full.update(grads, full_state, full_params)
+        full_params = optax.apply_updates(full_params, updates)
+    for name in params:
+        np.testing.assert_array_equal(drop_params[name], full_params[name])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_with_its_settings_our_muon_steps_like_optax_muon(nesterov):
+    # optax corrects the momentum's bias before Nesterov's form, so its first steps weigh the new
+    # gradient otherwise; without Nesterov only the scale differs, which the LMO does not see.
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.asarray(rng.normal(size=(6, 11)), jnp.float32)}
+    ours = dm.muon(
+        0.1,
+        momentum=dm.momentum(0.9, nesterov=nesterov),
+        lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients="muon"),
+    )
+    theirs = optax.contrib.muon(0.1, beta=0.9, nesterov=nesterov)
+    our_state, their_state = ours.init(params), theirs.init(params)
+    our_update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
+    for k in range(80 if nesterov else 10):
+        grads = {"w": jnp.asarray(rng.normal(size=(6, 11)), jnp.float32)}
+        our_updates, our_state = our_update(grads, our_state, params)
+        their_updates, their_state = their_update(grads, their_state, params)
+        if k >= 70 or not nesterov:  # 0.9^70 < 1e-3: the bias correction is over
+            difference = jnp.abs(our_updates["w"] - their_updates["w"])
+            assert float(jnp.max(difference)) < (2e-3 if nesterov else 2e-5)

@@ -1,0 +1,34 @@
+"""A run that is saved, restored in a new process and continued is the uninterrupted run."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import orbax.checkpoint as ocp
+import pytest
+
+import checkpointed_run
+
+
+def run_in_a_process(start, stop, directory):
+    program = Path(checkpointed_run.__file__)
+    command = [sys.executable, str(program), str(start), str(stop), str(directory)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return ast.literal_eval(answer.stdout.strip().splitlines()[-1])
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    whole_depths = run_in_a_process(0, 12, tmp_path / "whole")
+    first_depths = run_in_a_process(0, 5, tmp_path / "parts")
+    later_depths = run_in_a_process(5, 12, tmp_path / "parts")
+    assert first_depths + later_depths == whole_depths
+    assert len(set(whole_depths)) == 3  # every depth occurs, so frozen layers wake again
+
+    restore = ocp.StandardCheckpointer().restore
+    whole, parts = restore(tmp_path / "whole" / "12"), restore(tmp_path / "parts" / "12")
+    chex.assert_trees_all_equal(whole, parts)
+    before = restore(tmp_path / "parts" / "5")
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(before["params"], whole["params"])

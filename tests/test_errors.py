@@ -1,0 +1,752 @@
+"""Bad input: every message names the leaf or the argument, and says the way out."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+import dropmuon_jax as dm
+
+PARAMS = {
+    "stem": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+    "mid": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)},
+    "head": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
+}
+LAYERS = dm.layers_by_path(PARAMS, ["stem", "mid", "head"])
+UNIFORM = dm.uniform_depth()
+SAMPLER = dm.layer_mask_sampler(LAYERS, UNIFORM, seed=0)
+SUBSET_SAMPLER = dm.layer_mask_sampler(LAYERS, dm.fixed_size_subsets(2), seed=0)
+KERNELS = {name: {"kernel": layer["kernel"]} for name, layer in PARAMS.items()}
+
+
+def loss_fn(params: Any) -> jax.Array:
+    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
+
+
+def sampler(distribution: Any, **kwargs: Any) -> Any:
+    return dm.layer_mask_sampler(LAYERS, distribution, **kwargs)
+
+
+def drop_muon(learning_rate: Any = 0.1, **kwargs: Any) -> Any:
+    return dm.drop_muon(learning_rate, LAYERS, UNIFORM, seed=0, **kwargs)
+
+
+def updated(tx: optax.GradientTransformation, params: Any = PARAMS, **extra_args: Any) -> Any:
+    tx = optax.with_extra_args_support(tx)
+    return tx.update(params, tx.init(params), params, **extra_args)
+
+
+def gradients(**kwargs: Any) -> Any:
+    return dm.masked_value_and_grad(loss_fn)(PARAMS, **kwargs)
+
+
+def traced(function: Any, value: Any) -> Any:
+    return jax.jit(function)(value)
+
+
+def spec(reduction_axis: Any, output_axis: Any) -> MuonDimensionNumbers:
+    return MuonDimensionNumbers(reduction_axis, output_axis)
+
+
+def init_lmo(shape: tuple[int, ...], dimension_numbers: Any = None) -> Any:
+    params = {"blocks": [{"kernel": jnp.ones(shape)}]}
+    return dm.newton_schulz_lmo(dimension_numbers=dimension_numbers).init(params)
+
+
+def mask_that_splits(layer: str) -> Any:
+    mask = LAYERS.mask(0)
+    return mask | {layer: {"kernel": True, "bias": False}}
+
+
+def error(identifier: str, function: Any, exception: type[Exception], *words: str) -> Any:
+    """A bad call, and the words that its message must hold, in this order."""
+    return pytest.param(function, exception, words, id=identifier)
+
+
+LAYER_ERRORS = [
+    error(
+        "pattern_without_match",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mit", "head"]),
+        ValueError,
+        "Pattern 'mit' matches no leaf",
+        "Did you mean 'mid'?",
+        "stem/kernel",
+    ),
+    error(
+        "pattern_of_two_components_without_match",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mid/kernels", "mid/bias", "head"]),
+        ValueError,
+        "Pattern 'mid/kernels' matches no leaf",
+        "Did you mean 'mid/kernel'?",
+    ),
+    error(
+        "leaf_without_pattern",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "head"]),
+        ValueError,
+        "No pattern matches these leaves",
+        "add a pattern",
+        "mid/bias",
+        "mid/kernel",
+    ),
+    error(
+        "leaf_that_matches_twice",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", "head", "*/bias"]),
+        ValueError,
+        "Leaf 'head/bias' matches both 'head' and '*/bias'",
+        "Write more components",
+    ),
+    error(
+        "the_same_pattern_twice",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", "head", "stem"]),
+        ValueError,
+        "Leaf 'stem/bias' matches both 'stem' and 'stem'",
+    ),
+    error(
+        "patterns_are_a_string",
+        lambda: dm.layers_by_path(PARAMS, "stem"),
+        TypeError,
+        "patterns must be a sequence with a pattern for each layer",
+        "'stem'",
+    ),
+    error(
+        "patterns_are_no_strings",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", 3]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "Each layer needs one or more nonempty string patterns, got",
+        "3",
+    ),
+    error(
+        "patterns_hold_no_strings",
+        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", (3,)]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "Each layer needs one or more nonempty string patterns, got (3,)",
+    ),
+    error("no_patterns", lambda: dm.layers_by_path(PARAMS, []), ValueError, "patterns is empty"),
+    error(
+        "trace_of_an_unused_leaf",
+        lambda: dm.trace_layers(lambda p: jnp.sum(p["stem"]["kernel"]), PARAMS),
+        ValueError,
+        "does not depend on the leaves",
+        "mid/kernel",
+        "dm.layers_by_path",
+    ),
+    error(
+        "depth_negative", lambda: LAYERS.mask(-1), ValueError, "depth must be at least 0", "got -1"
+    ),
+    error(
+        "depth_too_large",
+        lambda: LAYERS.mask(3),
+        ValueError,
+        "depth must be below 3, the number of layers",
+        "got 3",
+    ),
+    error(
+        "depth_traced",
+        lambda: traced(lambda depth: gradients(layer_mask=LAYERS.mask(depth)), jnp.array(1)),
+        TypeError,
+        "depth must be a Python integer, got an array",
+        "static_argnames='depth'",
+        "sampler.depth(step)",
+        "dm.switch_depth",
+    ),
+    error("depth_boolean", lambda: LAYERS.mask(True), TypeError, "depth", "got a truth value"),
+    error(
+        "depth_not_whole",
+        lambda: LAYERS.mask(1.0),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "depth must be a Python integer, got 1.0",
+    ),
+    error(
+        "subset_of_wrong_length",
+        lambda: LAYERS.subset([True, False]),
+        ValueError,
+        "active must have 3 entries",
+        "stem, mid, head",
+        "got 2",
+    ),
+    error(
+        "subset_not_boolean",
+        lambda: LAYERS.subset([1, 0, 1]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "active must hold Python booleans, got 1",
+    ),
+    error("group_none", lambda: LAYERS.group(0), ValueError, "num_groups must be at least 1"),
+    error(
+        "group_of_too_many",
+        lambda: LAYERS.group(4),
+        ValueError,
+        "num_groups must be at most 3, the number of layers",
+        "got 4",
+    ),
+    error(
+        "group_costs_of_wrong_length",
+        lambda: LAYERS.group(2, costs=[1.0, 2.0]),
+        ValueError,
+        "costs must be 3 nonnegative numbers, one for each layer",
+    ),
+    error(
+        "group_costs_negative",
+        lambda: LAYERS.group(2, costs=[1.0, -2.0, 1.0]),
+        ValueError,
+        "costs must be 3 nonnegative numbers",
+        "-2.0",
+    ),
+]
+
+MASK_ERRORS = [
+    error(
+        "mask_missing_in_masked_value_and_grad",
+        lambda: gradients(),
+        TypeError,
+        "layer_mask",
+    ),
+    error(
+        "mask_none_in_masked_value_and_grad",
+        lambda: gradients(layer_mask=None),
+        TypeError,
+        "layer_mask is None",
+        "layers.mask(0) for all layers",
+    ),
+    error(
+        "mask_missing_in_the_sampler",
+        lambda: updated(SAMPLER),
+        TypeError,
+        "missing the keyword argument 'layer_mask'",
+        "layer_mask=layers.mask(depth)",
+    ),
+    error(
+        "mask_missing_in_drop_muon",
+        lambda: updated(drop_muon()),
+        TypeError,
+        "missing the keyword argument 'layer_mask'",
+    ),
+    error(
+        "mask_given_to_muon",
+        lambda: updated(dm.muon(0.1), layer_mask=LAYERS.mask(1)),
+        TypeError,
+        "muon updates every layer and takes no layer_mask",
+        "use drop_muon",
+    ),
+]
+# Each of these masks is bad for everything that takes one.
+BAD_MASKS = [
+    error(
+        "without_a_leaf",
+        lambda call: call(LAYERS.mask(0) | {"mid": {"kernel": True}}),
+        ValueError,
+        "layer_mask has another structure",
+        "'mid/bias' is missing from the mask",
+        "Make the layers from the same tree",
+    ),
+    error(
+        "with_a_leaf_too_many",
+        lambda call: call(LAYERS.mask(0) | {"tail": True}),
+        ValueError,
+        "layer_mask has another structure",
+        "'tail' is only in the mask",
+    ),
+    error(
+        "of_other_containers",
+        lambda call: call(tuple(LAYERS.mask(0).values())),
+        ValueError,
+        "layer_mask has another structure",
+    ),
+    error(
+        "of_one_boolean", lambda call: call(True), ValueError, "layer_mask has another structure"
+    ),
+    error(
+        "traced",
+        lambda call: traced(call, jax.tree.map(jnp.asarray, LAYERS.mask(1))),
+        TypeError,
+        "layer_mask is an array at 'head/bias'",
+        "layers.mask(depth)",
+        "static_argnames='depth'",
+        "dm.switch_depth",
+    ),
+    error(
+        "on_the_device",
+        lambda call: call(jax.tree.map(jnp.asarray, LAYERS.mask(1))),
+        TypeError,
+        "layer_mask is an array at 'head/bias'",
+    ),
+    error(
+        "of_integers",
+        lambda call: call(jax.tree.map(int, LAYERS.mask(1))),
+        TypeError,
+        "layer_mask must have Python booleans as leaves, got 1 at 'head/bias'",
+        "layers.mask(depth)",
+    ),
+    error(
+        "of_numpy_arrays",
+        lambda call: call(jax.tree.map(np.asarray, LAYERS.mask(1))),
+        TypeError,
+        "layer_mask must have Python booleans as leaves",
+        "'head/bias'",
+    ),
+]
+TAKES_A_MASK = {
+    "masked_value_and_grad": lambda mask: gradients(layer_mask=mask),
+    "sampler": lambda mask: updated(SAMPLER, layer_mask=mask)[0],
+    "momentum": lambda mask: updated(dm.momentum(), layer_mask=mask)[0],
+    "per_layer": lambda mask: updated(dm.per_layer(optax.sgd(1.0), LAYERS), layer_mask=mask)[0],
+    "drop_muon": lambda mask: updated(drop_muon(), layer_mask=mask)[0],
+}
+
+SAMPLING_ERRORS = [
+    error(
+        "probabilities_negative",
+        lambda: dm.fixed_depth([0.5, -0.25, 0.75]),
+        ValueError,
+        "probabilities must not be negative",
+        "-0.25",
+    ),
+    error(
+        "probabilities_nan",
+        lambda: dm.fixed_depth([0.5, float("nan"), 0.5]),
+        ValueError,
+        "probabilities",
+        "nan",
+    ),
+    error(
+        "probabilities_that_do_not_sum_to_one",
+        lambda: dm.fixed_depth([0.5, 0.25, 0.5]),
+        ValueError,
+        "probabilities must sum to 1, got 1.25",
+    ),
+    error(
+        "probabilities_empty",
+        lambda: dm.fixed_depth([]),
+        ValueError,
+        "probabilities must be a sequence of numbers",
+    ),
+    error(
+        "probabilities_of_wrong_length",
+        lambda: sampler(dm.fixed_depth([0.5, 0.5]), seed=0),
+        ValueError,
+        "gives 2 probabilities, and 3 layers need 3",
+        "stem, mid, head",
+    ),
+    error(
+        "own_probabilities_negative",
+        lambda: sampler(
+            dm.LayerDistribution(dm.depth_subsets, lambda step, b: jnp.array([1.5, -0.5, 0.0])),
+            seed=0,
+        ),
+        ValueError,
+        "probabilities must not be negative",
+        "at step 0",
+    ),
+    error(
+        "own_probabilities_that_do_not_sum_to_one",
+        lambda: sampler(
+            dm.LayerDistribution(dm.depth_subsets, lambda step, b: jnp.full(b, 0.5)), seed=0
+        ),
+        ValueError,
+        "probabilities must sum to 1, got 1.5 at step 0",
+    ),
+    error(
+        "distribution_not_called",
+        lambda: sampler(dm.uniform_depth, seed=0),
+        TypeError,
+        "depth_distribution must be a LayerDistribution such as dm.uniform_depth()",
+    ),
+    error(
+        "layers_that_are_patterns",
+        lambda: dm.layer_mask_sampler(["stem", "mid", "head"], UNIFORM, seed=0),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "layers must be made by layers_by_path or trace_layers",
+    ),
+    error(
+        "seed_missing",
+        lambda: dm.layer_mask_sampler(LAYERS, UNIFORM),  # pyright: ignore[reportCallIssue]
+        TypeError,
+        "'seed'",
+    ),
+    error(
+        "seed_missing_in_drop_muon",
+        lambda: dm.drop_muon(0.1, LAYERS, UNIFORM),  # pyright: ignore[reportCallIssue]
+        TypeError,
+        "'seed'",
+    ),
+    error(
+        "seed_negative",
+        lambda: sampler(UNIFORM, seed=-1),
+        ValueError,
+        "seed must be at least 0, got -1",
+    ),
+    error("seed_boolean", lambda: sampler(UNIFORM, seed=True), TypeError, "seed", "truth value"),
+    error(
+        "epoch_shift_without_steps",
+        lambda: dm.epoch_shift_depth(0),
+        ValueError,
+        "num_steps must be at least 1, got 0",
+    ),
+    error(
+        "epoch_shift_with_negative_alpha",
+        lambda: dm.epoch_shift_depth(10, alpha=-0.5),
+        ValueError,
+        "alpha must be at least 0",
+        "-0.5",
+    ),
+    error(
+        "epoch_shift_with_infinite_alpha",
+        lambda: dm.epoch_shift_depth(10, alpha=float("inf")),
+        ValueError,
+        "alpha must be at least 0 and finite, got inf",
+    ),
+    error(
+        "independent_layers_above_one",
+        lambda: dm.independent_layers([0.5, 1.5, 0.5]),
+        ValueError,
+        "probabilities must lie in [0, 1]",
+        "1.5",
+    ),
+    error(
+        "independent_layers_empty",
+        lambda: dm.independent_layers([]),
+        ValueError,
+        "probabilities must be a sequence of numbers",
+    ),
+    error(
+        "independent_layers_of_wrong_length",
+        lambda: sampler(dm.independent_layers([0.5, 0.5]), seed=0),
+        ValueError,
+        "over 2 layers and there are 3",
+        "stem, mid, head",
+    ),
+    error(
+        "independent_layers_too_many",
+        lambda: dm.independent_layers([0.5] * 13),
+        ValueError,
+        "has 8192 subsets",
+        "layers.group(k)",
+    ),
+    error(
+        "fixed_size_subsets_of_nothing",
+        lambda: dm.fixed_size_subsets(0),
+        ValueError,
+        "size must be at least 1, got 0",
+    ),
+    error(
+        "fixed_size_subsets_of_more_than_all",
+        lambda: sampler(dm.fixed_size_subsets(4), seed=0),
+        ValueError,
+        "size must be at most 3, the number of layers, got 4",
+    ),
+    error(
+        "fixed_size_subsets_too_many",
+        lambda: dm.fixed_size_subsets(8).inclusion_probabilities(0, 16),
+        ValueError,
+        "has 12870 subsets",
+        "layers.group(k)",
+    ),
+    error(
+        "depth_of_an_array",
+        lambda: SAMPLER.depth(jnp.array(3)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "step must be a Python integer, got an array",
+        "Count the steps in Python, or use sampler.sample",
+    ),
+    error(
+        "depth_of_a_negative_step",
+        lambda: SAMPLER.depth(-1),
+        ValueError,
+        "step must be at least 0, got -1",
+    ),
+    error(
+        "depth_of_a_subset_distribution",
+        lambda: SUBSET_SAMPLER.depth(0),
+        TypeError,
+        "draws arbitrary subsets, not depths",
+        "sampler.active(step)",
+        "layers.subset(active)",
+    ),
+]
+
+LMO_ERRORS = [
+    error(
+        "vector",
+        lambda: dm.newton_schulz_lmo().init(PARAMS),
+        ValueError,
+        "needs matrices, and leaf 'head/bias' has shape (2,)",
+        "dm.chain_subtrees",
+    ),
+    error("scalar", lambda: init_lmo(()), ValueError, "leaf 'blocks/0/kernel' has shape ()"),
+    error(
+        "vector_labelled_as_matrix",
+        lambda: drop_muon(labels=jax.tree.map(lambda _: "matrix", PARAMS)).init(PARAMS),
+        ValueError,
+        "needs matrices, and leaf 'head/bias' has shape (2,)",
+    ),
+    error(
+        "three_axes_without_dimension_numbers",
+        lambda: init_lmo((2, 3, 4)),
+        ValueError,
+        "leaf 'blocks/0/kernel', of shape (2, 3, 4)",
+        "dimension_numbers={'blocks/0/kernel'",
+        "batch axes",
+    ),
+    error(
+        "five_axes_without_dimension_numbers",
+        lambda: init_lmo((2, 3, 4, 5, 6)),
+        ValueError,
+        "leaf 'blocks/0/kernel', of shape (2, 3, 4, 5, 6)",
+    ),
+    error(
+        "dimension_numbers_out_of_range",
+        lambda: init_lmo((2, 3, 4), spec(1, 3)),
+        ValueError,
+        "dimension_numbers name an axis of (3,), but leaf 'blocks/0/kernel' has 3 axes",
+    ),
+    error(
+        "dimension_numbers_with_an_axis_twice",
+        lambda: init_lmo((2, 3, 4), spec((0, 1), -2)),
+        ValueError,
+        "none twice; leaf 'blocks/0/kernel' got reduction_axis=(0, 1), output_axis=(1,)",
+    ),
+    error(
+        "dimension_numbers_without_fan_in",
+        lambda: init_lmo((2, 3, 4), spec((), 2)),
+        ValueError,
+        "at least one axis each for fan-in and fan-out",
+    ),
+    error(
+        "dimension_numbers_pattern_without_match",
+        lambda: init_lmo((2, 3, 4), {"blocks/0/kernels": spec(1, 2)}),
+        ValueError,
+        "pattern 'blocks/0/kernels' matches no leaf",
+        "Did you mean 'blocks/0/kernel'?",
+    ),
+    error(
+        "dimension_numbers_leaf_that_matches_twice",
+        lambda: init_lmo((2, 3, 4), {"blocks": spec(1, 2), "kernel": spec(1, 2)}),
+        ValueError,
+        "leaf 'blocks/0/kernel' matches two patterns",
+    ),
+    error(
+        "dimension_numbers_that_are_none",
+        lambda: init_lmo((2, 3, 4), (1, 2)),
+        TypeError,
+        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers or a mapping",
+        "(1, 2)",
+    ),
+    error("radius_zero", lambda: dm.newton_schulz_lmo(0.0), ValueError, "radius must be positive"),
+    error(
+        "radius_negative",
+        lambda: dm.newton_schulz_lmo(radius=-1),
+        ValueError,
+        "radius must be positive and finite, got -1",
+    ),
+    error(
+        "radius_not_scalar",
+        lambda: dm.newton_schulz_lmo(jnp.array([1.0, 2.0])),
+        ValueError,
+        "radius must be one number, got an array of shape (2,)",
+    ),
+    error(
+        "matrix_of_integers",
+        lambda: dm.newton_schulz_lmo().init({"steps": jnp.ones((2, 2), int)}),
+        TypeError,
+        "leaf 'steps' must be of a floating-point dtype, got int32",
+    ),
+    error(
+        "momentum_of_integers",
+        lambda: dm.momentum(dtype=jnp.int32),
+        TypeError,
+        "dtype must be of a floating-point dtype, got int32",
+    ),
+    error(
+        "labels_of_several_types",
+        lambda: dm.chain_subtrees({"a": optax.identity(), 0: optax.identity()}, "b").init(PARAMS),
+        ValueError,
+        "Leaf 'head/bias' has the label 'b'",
+    ),
+    error("radius_nan", lambda: dm.newton_schulz_lmo(float("nan")), ValueError, "radius", "nan"),
+    error(
+        "num_steps_zero",
+        lambda: dm.newton_schulz_lmo(num_steps=0),
+        ValueError,
+        "num_steps must be at least 1, got 0",
+    ),
+    error(
+        "num_steps_injected",
+        lambda: optax.inject_hyperparams(dm.newton_schulz_lmo)(num_steps=5).init(KERNELS),
+        TypeError,
+        "num_steps must be a Python integer",
+        "static_args",
+    ),
+    error(
+        "num_steps_unlike_the_number_of_rows",
+        lambda: dm.newton_schulz_lmo(coefficients=[(2.0, -1.5, 0.5)], num_steps=5),
+        ValueError,
+        "num_steps is 5, but coefficients have 1 rows",
+        "leave num_steps out",
+    ),
+    error(
+        "coefficients_unknown",
+        lambda: dm.newton_schulz_lmo(coefficients="polar_expres"),
+        ValueError,
+        "coefficients must be one of ['dion', 'muon', 'polar_express']",
+        "Did you mean 'polar_express'?",
+    ),
+    error(
+        "coefficients_of_wrong_shape",
+        lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5)]),
+        ValueError,
+        "coefficients must be a name or finite rows (a, b, c)",
+        "shape (1, 2)",
+    ),
+    error(
+        "coefficients_of_one_row_without_brackets",
+        lambda: dm.newton_schulz_lmo(coefficients=(1.5, -0.5, 0.0)),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        "coefficients must be a name or finite rows (a, b, c)",
+        "[(a, b, c)] * num_steps",
+    ),
+    error(
+        "coefficients_empty",
+        lambda: dm.newton_schulz_lmo(coefficients=[]),
+        ValueError,
+        "coefficients must be a name or finite rows",
+        "shape (0,)",
+    ),
+    error(
+        "coefficients_infinite",
+        lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5, float("inf"))]),
+        ValueError,
+        "coefficients must be a name or finite rows",
+    ),
+    error(
+        "shape_factor_unknown",
+        lambda: dm.newton_schulz_lmo(shape_factor="moonligth"),
+        ValueError,
+        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'spectral']",
+        "Did you mean 'moonlight'?",
+    ),
+]
+
+OPTIMIZER_ERRORS = [
+    error(
+        "decay_of_one",
+        lambda: dm.momentum(1.0),
+        ValueError,
+        "decay is the weight of the past and must lie in [0, 1), got 1.0",
+        "1 - decay",
+    ),
+    error("decay_negative", lambda: dm.momentum(-0.1), ValueError, "decay", "[0, 1), got -0.1"),
+    error("decay_nan", lambda: dm.momentum(float("nan")), ValueError, "decay", "got nan"),
+    error(
+        "learning_rate_negative",
+        lambda: drop_muon(-0.1),
+        ValueError,
+        "learning_rate must be at least 0 and finite, got -0.1",
+    ),
+    error(
+        "learning_rate_negative_in_muon",
+        lambda: dm.muon(-0.1),
+        ValueError,
+        "learning_rate must be at least 0 and finite, got -0.1",
+    ),
+    error(
+        "auxiliary_learning_rate_negative",
+        lambda: drop_muon(auxiliary_learning_rate=-0.1),
+        ValueError,
+        "auxiliary_learning_rate must be at least 0",
+    ),
+    error(
+        "weight_decay_negative",
+        lambda: drop_muon(weight_decay=-0.1),
+        ValueError,
+        "weight_decay must be at least 0",
+    ),
+    error(
+        "leaf_in_no_layer",
+        lambda: dm.per_layer(optax.sgd(0.1), LAYERS).init(PARAMS | {"tail": jnp.ones(2)}),
+        ValueError,
+        "Leaf 'tail' is in no layer",
+        "Make the layers from these parameters",
+    ),
+    error(
+        "auxiliary_leaf_in_no_layer_in_drop_muon",
+        lambda: drop_muon().init(PARAMS | {"tail": jnp.ones(2)}),
+        ValueError,
+        "Leaf 'tail' is in no layer",
+    ),
+    error(
+        "matrix_in_no_layer_in_drop_muon",
+        lambda: drop_muon().init(PARAMS | {"tail": jnp.ones((2, 2))}),
+        ValueError,
+        "Leaf 'tail' is in no layer",
+    ),
+    error(
+        "mask_that_splits_a_layer",
+        lambda: updated(dm.per_layer(optax.sgd(0.1), LAYERS), layer_mask=mask_that_splits("mid")),
+        ValueError,
+        "layer_mask is True at 'mid/kernel' and False at another leaf of layer 1",
+        "layers.mask or layers.subset",
+    ),
+    error(
+        "label_unknown",
+        lambda: dm.chain_subtrees(
+            {"matrix": optax.sgd(0.1), "vector": optax.sgd(0.1)},
+            {"stem": "matrix", "mid": {"kernel": "matrices", "bias": "vector"}, "head": "matrix"},
+        ).init(PARAMS),
+        ValueError,
+        "Leaf 'mid/kernel' has the label 'matrices'",
+        "['matrix', 'vector']",
+        "Did you mean 'matrix'?",
+    ),
+    error(
+        "no_transforms",
+        lambda: dm.chain_subtrees({}, {}),
+        ValueError,
+        "transforms is empty; give one transformation for each label",
+    ),
+]
+
+
+def assert_message(exception: type[Exception], words: tuple[str, ...], function: Any) -> None:
+    with pytest.raises(exception, match="(?s)" + ".*".join(map(re.escape, words))):
+        function()
+
+
+@pytest.mark.parametrize(
+    ("function", "exception", "words"),
+    [*LAYER_ERRORS, *MASK_ERRORS, *SAMPLING_ERRORS, *LMO_ERRORS, *OPTIMIZER_ERRORS],
+)
+def test_bad_input_is_named_with_the_way_out(function, exception, words):
+    assert_message(exception, words, function)
+
+
+@pytest.mark.parametrize(("function", "exception", "words"), BAD_MASKS)
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, id=name) for name, call in TAKES_A_MASK.items()]
+)
+def test_a_bad_mask_is_named_with_the_way_out(call, function, exception, words):
+    assert_message(exception, words, functools.partial(function, call))
+
+
+@pytest.mark.parametrize("seed", [0.5, "7", None])
+def test_a_seed_that_is_no_integer_is_a_type_error(seed):
+    with pytest.raises(TypeError, match="seed"):
+        sampler(UNIFORM, seed=seed)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True])
+@pytest.mark.parametrize(
+    ("name", "factory"),
+    [
+        pytest.param("radius", dm.newton_schulz_lmo, id="newton_schulz_lmo"),
+        pytest.param("decay", dm.momentum, id="momentum"),
+        pytest.param("learning_rate", drop_muon, id="drop_muon"),
+    ],
+)
+def test_a_hyperparameter_that_is_no_number_is_a_type_error(name, factory, value):
+    with pytest.raises(TypeError, match=name):
+        factory(**{name: value})

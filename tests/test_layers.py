@@ -1,0 +1,216 @@
+"""Layers by path and by trace: grouping, order, masks, groups and the printed table."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dropmuon_jax as dm
+
+
+class Affine(NamedTuple):
+    weight: jax.Array
+    value: jax.Array
+
+
+def dense(n, m):
+    return {"kernel": jnp.zeros((n, m)), "bias": jnp.zeros(m)}
+
+
+def active_paths(mask):
+    flat = jax.tree_util.tree_leaves_with_path(mask)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on}
+
+
+def test_a_depth_activates_the_layers_from_there_to_the_output():
+    params = {"b": dense(2, 3), "a": dense(3, 4), "c": dense(4, 1)}
+    layers = dm.layers_by_path(params, ["b", "a", "c"])
+    assert active_paths(layers.mask(0)) == active_paths(jax.tree.map(lambda _: True, params))
+    assert active_paths(layers.mask(1)) == {"a/kernel", "a/bias", "c/kernel", "c/bias"}
+    assert active_paths(layers.mask(2)) == {"c/kernel", "c/bias"}
+
+
+def test_a_subset_activates_just_its_layers():
+    layers = dm.layers_by_path([jnp.zeros(1)] * 3, ["0", "1", "2"])
+    assert layers.subset([True, False, True]) == [True, False, True]
+    assert layers.subset((False, False, False)) == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("params", "patterns"),
+    [
+        ({"params": {"Conv_0": dense(2, 2), "Dense_0": dense(2, 1)}}, ["Conv_0", "Dense_0"]),
+        ({"x": [dense(2, 2), dense(2, 2)], "y": dense(2, 1)}, ["x/0", "x/1", "y"]),
+        ({"q": Affine(jnp.zeros(2), jnp.zeros(2))}, ["q/weight", "q/value"]),
+        ({"enc": {"l_0": dense(2, 2), "l_1": dense(2, 2)}, "out": dense(2, 1)}, ["l_*", "out"]),
+        ({"B_0": {"D_0": dense(2, 2)}, "D_0": dense(2, 1)}, ["B_0", "/D_0"]),
+        ({"mlp/~/linear_0": dense(2, 2), "mlp/~/linear_1": dense(2, 2)}, ["linear_0", "linear_1"]),
+        ({"a": jnp.zeros(1), "b": jnp.zeros(1), "c": jnp.zeros(1)}, [("c", "a"), "b"]),
+    ],
+)
+def test_patterns_match_whole_components_in_any_container(params, patterns):
+    layers = dm.layers_by_path(params, patterns)
+    assert layers.num_layers == len(patterns)
+    assert jax.tree.structure(layers.mask(0)) == jax.tree.structure(params)
+    assert 0 < len(active_paths(layers.mask(1))) < len(active_paths(layers.mask(0)))
+
+
+def test_a_star_stays_inside_its_component():
+    params = {"a": {"b": {"c": jnp.zeros(1)}}, "c": jnp.zeros(1)}
+    with pytest.raises(ValueError, match=r"'a/\*/d' matches no leaf"):
+        dm.layers_by_path(params, ["a/*/d", "c"])
+    assert dm.layers_by_path(params, ["a/*/c", "/c"]).layer_sizes == (1, 1)
+
+
+def test_layers_work_from_shapes_alone():
+    shapes = {"a": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((5,), int)}
+    assert dm.layers_by_path(shapes, ["a", "b"]).layer_sizes == (12, 5)
+
+
+def test_layers_are_hashable_and_equal_by_value():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    one, two = dm.layers_by_path(params, ["b", "a"]), dm.layers_by_path(params, ["b", "a"])
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != dm.layers_by_path(params, ["a", "b"])
+
+
+def test_the_table_shows_each_layer_with_its_share():
+    layers = dm.layers_by_path({"w": jnp.zeros((30, 100)), "v": jnp.zeros(1000)}, ["w", "v"])
+    assert str(layers).splitlines() == [
+        "depth  layer  leaves  parameters   share",
+        "    0  w           1       3,000   75.0%",
+        "    1  v           1       1,000   25.0%",
+        "       total       2       4,000  100.0%",
+    ]
+
+
+def test_groups_are_contiguous_and_of_similar_cost():
+    params = [jnp.zeros(n) for n in (1, 1, 1, 9, 3, 3, 3, 9)]
+    layers = dm.layers_by_path(params, [str(i) for i in range(8)])
+    grouped = layers.group(3)
+    assert grouped.layer_of_leaf == (0, 0, 0, 0, 1, 1, 1, 2)
+    assert grouped.layer_sizes == (12, 9, 9)
+
+
+def test_groups_follow_given_costs():
+    layers = dm.layers_by_path([jnp.zeros(1)] * 4, ["0", "1", "2", "3"])
+    assert layers.group(2, costs=[1.0, 1.0, 1.0, 9.0]).layer_of_leaf == (0, 0, 0, 1)
+    assert layers.group(4).names == layers.names
+    assert layers.group(1).num_layers == 1
+
+
+def test_every_grouping_is_the_best_of_all_cuts():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        costs = rng.integers(1, 20, size=6).tolist()
+        layers = dm.layers_by_path([jnp.zeros(1)] * 6, [str(i) for i in range(6)])
+        owner = np.array(layers.group(3, costs=costs).layer_of_leaf)
+        ours = sum(np.sum(np.array(costs)[owner == g]) ** 2 for g in range(3))
+        best = min(
+            sum(costs[:i]) ** 2 + sum(costs[i:j]) ** 2 + sum(costs[j:]) ** 2
+            for i in range(1, 5)
+            for j in range(i + 1, 6)
+        )
+        assert ours == best
+
+
+class LinenCNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (4, 8, 6):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+        return nn.Dense(3)(x.mean(axis=(1, 2)))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        # Attribute names whose alphabetical order is not the forward order.
+        self.z_stem = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.m_norm = nnx.BatchNorm(4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.a_head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.m_norm(self.z_stem(x)).mean(axis=(1, 2))
+        for block in self.blocks:
+            x = nnx.relu(block(x))
+        return self.a_head(x)
+
+
+def test_tracing_finds_the_layers_of_a_linen_cnn():
+    model, x = LinenCNN(), jnp.zeros((2, 6, 6, 1))
+    params = model.init(jax.random.key(0), x)["params"]
+    layers = dm.trace_layers(lambda p, x: model.apply({"params": p}, x).sum(), params, x)
+    assert layers.names == ("Conv_0", "Conv_1", "Conv_2", "Dense_0")
+    assert layers == dm.layers_by_path(params, ["Conv_0", "Conv_1", "Conv_2", "Dense_0"])
+
+
+def test_tracing_and_patterns_agree_on_an_nnx_model():
+    graphdef, params, rest = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss_fn(params, x):
+        return nnx.merge(graphdef, params, rest, copy=True)(x).sum()
+
+    layers = dm.trace_layers(loss_fn, params, jnp.zeros((2, 6, 6, 1)))
+    assert layers.names == ("z_stem", "m_norm", "blocks/0", "blocks/1", "a_head")
+    assert layers == dm.layers_by_path(params, layers.names)
+    assert jax.tree.structure(layers.mask(2)) == jax.tree.structure(params)
+
+
+def test_tracing_reports_a_tied_head_and_gives_it_to_the_shallowest_depth():
+    params = {"tok": jnp.zeros((7, 4)), "body": jnp.zeros((4, 4))}
+
+    def loss_fn(params, tokens):
+        return jnp.sum(jnp.tanh(params["tok"][tokens] @ params["body"]) @ params["tok"].T)
+
+    layers = dm.trace_layers(loss_fn, params, jnp.zeros(3, jnp.int32))
+    assert layers.names == ("tok", "body")
+    assert "'tok' is used at depths 0, 1; it belongs to the shallowest, 0." in str(layers)
+    assert "used at depths" not in str(layers.group(1))
+
+
+def test_a_penalty_on_all_parameters_is_no_shared_use():
+    params = {"b": jnp.zeros((3, 4)), "a": jnp.zeros((4, 4)), "c": jnp.zeros((4, 1))}
+
+    def loss_fn(params, x):
+        penalty = sum(jnp.sum(leaf**2) for leaf in params.values())
+        for name in ("b", "a", "c"):
+            x = jnp.tanh(x @ params[name])
+        return jnp.sum(x) + penalty
+
+    layers = dm.trace_layers(loss_fn, params, jnp.zeros((2, 3)))
+    assert layers.names == ("b", "a", "c")
+    assert layers.shared_leaves == ()
+
+
+def test_a_leaf_beside_containers_is_a_layer_of_its_own():
+    params = {"params": {"pos": jnp.zeros((5, 4)), "z": dense(4, 4), "scale": jnp.zeros(4)}}
+
+    def loss_fn(params, x):
+        p = params["params"]
+        return jnp.sum((x + p["pos"]) @ p["z"]["kernel"] + p["z"]["bias"] * p["scale"])
+
+    layers = dm.trace_layers(loss_fn, params, jnp.zeros((5, 4)))
+    assert layers.names == ("params/pos", "params/z", "params/scale")
+
+
+def test_tracing_hands_keyword_arguments_over_untraced():
+    def loss_fn(params, x, *, train):
+        return jnp.sum(x * params["w"]) if train else jnp.sum(x)
+
+    params = {"w": jnp.ones(3)}
+    assert dm.trace_layers(loss_fn, params, jnp.ones(3), train=True).names == ("w",)
+    with pytest.raises(ValueError, match=r"does not depend on the leaves \['w'\].*layers_by_path"):
+        dm.trace_layers(loss_fn, params, jnp.ones(3), train=False)
+
+
+def test_tracing_does_not_run_the_loss():
+    params = {"w": jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)}
+    x = jax.ShapeDtypeStruct((4, 10**6), jnp.float32)
+    layers = dm.trace_layers(lambda p, x: jnp.sum(x @ p["w"]), params, x)
+    assert layers.layer_sizes == (10**12,)

@@ -1,0 +1,148 @@
+"""`newton_schulz_lmo`: axes, shape factors, radius, and the LMO's defining equation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+import dropmuon_jax as dm
+import reference
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+EXACT = 12  # steps of Polar Express after which the iteration is the SVD to float32's rounding
+
+
+def direction(x, **options):
+    tx = dm.newton_schulz_lmo(num_steps=EXACT, **options)
+    tree = {"w": jnp.asarray(x, jnp.float32)}
+    return np.asarray(tx.update(tree, tx.init(tree))[0]["w"])
+
+
+def random(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6), (1, 7), (7, 1)])
+def test_the_update_attains_the_dual_norm_inside_the_ball(shape):
+    x, radius = random(*shape), 3.0
+    update = direction(x, radius=radius)
+    nuclear_norm = np.linalg.svd(x, compute_uv=False).sum()
+    assert np.sum(x * update) == pytest.approx(radius * nuclear_norm, rel=1e-4)
+    assert np.linalg.norm(update, 2) <= radius * (1 + 1e-4)
+
+
+def test_a_convolution_is_the_matrix_of_its_patches():
+    x = random(3, 2, 4, 5)
+    expected = reference.polar_factor(x.reshape(-1, 5)).reshape(x.shape)
+    np.testing.assert_allclose(direction(x), expected, atol=1e-4)
+
+
+def test_axes_in_neither_list_are_batch_axes():
+    x = random(3, 4, 6)
+    numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    expected = np.stack([reference.polar_factor(matrix) for matrix in x])
+    np.testing.assert_allclose(direction(x, dimension_numbers=numbers), expected, atol=1e-4)
+
+
+def test_heads_can_be_merged_into_an_axis_or_kept_apart():
+    x = random(6, 3, 4)  # an attention kernel (in, heads, head size)
+    merged = direction(x, dimension_numbers=MuonDimensionNumbers(0, (1, 2)))
+    expected = reference.polar_factor(x.reshape(6, 12)).reshape(x.shape)
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
+    apart = direction(x, dimension_numbers=MuonDimensionNumbers(0, 2))
+    expected = np.stack([reference.polar_factor(x[:, h]) for h in range(3)], axis=1)
+    np.testing.assert_allclose(apart, expected, atol=1e-4)
+
+
+def test_axes_can_be_given_by_path_and_reversed():
+    tree = {"out": jnp.asarray(random(3, 4, 6), jnp.float32), "w": jnp.eye(3, dtype=jnp.float32)}
+    numbers = {"out": MuonDimensionNumbers(reduction_axis=-1, output_axis=(0, 1))}
+    tx = dm.newton_schulz_lmo(num_steps=EXACT, dimension_numbers=numbers)
+    updates, _ = tx.update(tree, tx.init(tree))
+    matrix = np.asarray(tree["out"], np.float64).transpose(2, 0, 1).reshape(6, 12)
+    expected = reference.polar_factor(matrix).reshape(6, 3, 4).transpose(1, 2, 0)
+    np.testing.assert_allclose(updates["out"], expected, atol=1e-4)
+    np.testing.assert_allclose(updates["w"], np.eye(3), atol=1e-4)
+
+
+# The papers' own formulas, for a PyTorch weight of shape (out, in).
+PAPERS = {
+    "spectral": lambda out, fan_in: 1.0,
+    "muon": lambda out, fan_in: max(1, out / fan_in) ** 0.5,
+    "moonlight": lambda out, fan_in: 0.2 * max(out, fan_in) ** 0.5,
+    "rms_to_rms": lambda out, fan_in: (out / fan_in) ** 0.5,
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (3, 3, 2, 5)])
+@pytest.mark.parametrize("name", PAPERS)
+def test_shape_factors_are_the_papers_in_the_layout_of_flax(name, shape):
+    x = random(*shape)
+    fan_in, out = x.reshape(-1, shape[-1]).shape
+    ratio = direction(x, shape_factor=name) / direction(x)
+    np.testing.assert_allclose(ratio, PAPERS[name](out, fan_in), rtol=1e-4)
+
+
+def test_own_rows_run_in_their_order_one_step_each():
+    rows = [(3.0, -3.0, 1.0), (1.5, -0.5, 0.0), (1.9, -1.2, 0.3)]
+    x = random(4, 7)
+    tree = {"w": jnp.asarray(x, jnp.float32)}
+    tx = dm.newton_schulz_lmo(coefficients=rows)
+    update = tx.update(tree, tx.init(tree))[0]["w"]
+    expected = reference.polynomial_polar_factor(x, rows, safety=1.0)
+    np.testing.assert_allclose(update, expected, atol=1e-5)
+    reversed_rows = reference.polynomial_polar_factor(x, rows[::-1], safety=1.0)
+    assert np.max(np.abs(expected - reversed_rows)) > 1e-2  # so that the order is seen
+
+
+def test_a_named_polynomial_repeats_its_last_row():
+    x = random(4, 7)
+    tree = {"w": jnp.asarray(x, jnp.float32)}
+    tx = dm.newton_schulz_lmo(coefficients="muon", num_steps=3)
+    expected = reference.polynomial_polar_factor(x, [(3.4445, -4.7750, 2.0315)] * 3, safety=1.0)
+    np.testing.assert_allclose(tx.update(tree, tx.init(tree))[0]["w"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "num_steps", "lowest", "band"),
+    [
+        ("polar_express", 5, 1e-3, (0.84, 1.13)),
+        ("polar_express", 5, 1e-2, (0.87, 1.13)),
+        ("polar_express", 8, 1e-3, (1 - 1e-4, 1 + 1e-4)),
+        ("dion", 5, 1e-3, (0.47, 1.15)),
+        ("dion", 5, 1e-2, (0.97, 1.04)),
+        ("muon", 5, 1e-3, (0.47, 1.21)),
+        ("muon", 5, 1e-2, (0.68, 1.14)),
+    ],
+)
+def test_singular_values_land_in_the_documented_band(coefficients, num_steps, lowest, band):
+    # One 2×2 matrix for each singular value: diag(1, s)/√(1 + s²), and a rotation on either side.
+    small = np.geomspace(lowest, 0.7, 400)
+    large = np.sqrt(1 - small**2)
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    spectra = np.zeros((len(small), 2, 2))
+    spectra[:, 0, 0], spectra[:, 1, 1] = large, small
+    x = jnp.asarray(turn @ spectra @ turn, jnp.float32)
+    tx = dm.newton_schulz_lmo(
+        coefficients=coefficients,
+        num_steps=num_steps,
+        dimension_numbers=MuonDimensionNumbers(1, 2),
+    )
+    updates, _ = tx.update({"w": x}, tx.init({"w": x}))
+    values = np.linalg.svd(np.asarray(updates["w"], np.float64), compute_uv=False)
+    assert band[0] <= values.min()
+    assert values.max() <= band[1]
+
+
+def test_inactive_leaves_are_not_orthogonalized():
+    tree = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    tx = dm.newton_schulz_lmo()
+
+    def products(mask):
+        program = jax.jit(lambda t: tx.update(t, tx.init(t), layer_mask=mask)[0]).lower(tree)
+        return program.compile().as_text().count(" dot(")
+
+    both = products({"a": True, "b": True})
+    assert products({"a": False, "b": True}) == both // 2 > 0
+    assert products({"a": False, "b": False}) == 0
