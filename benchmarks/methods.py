@@ -1,0 +1,118 @@
+"""The optimizers that race, all made from the same settings, and the step that each one takes."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+import dropmuon_jax as dm
+from settings import MethodName, Settings
+
+
+class Method(NamedTuple):
+    """A contestant."""
+
+    tx: Any
+    layers: dm.Layers | None
+    """Those of which it leaves some out; None if it never does."""
+    num_steps: int
+    """How long it runs."""
+
+    @property
+    def num_depths(self) -> int:
+        """How many different steps there are."""
+        return 1 if self.layers is None else self.layers.num_layers
+
+    def depth(self, step: int) -> int:
+        """The shallowest layer that step trains."""
+        return 0 if self.layers is None else self.tx.depth(step)
+
+
+def make_method(
+    name: MethodName, settings: Settings, layers: dm.Layers, *, num_steps: int, seed: int
+) -> Method:
+    """One contestant; every learning rate falls linearly to 0 over its run."""
+    if name == "muon_short":
+        num_steps = math.ceil(settings.short_run * num_steps)
+
+    def falling(rate: float) -> optax.Schedule:
+        return optax.linear_schedule(rate, 0.0, num_steps)
+
+    rate, bias_rate = falling(settings.learning_rate), falling(settings.bias_learning_rate)
+    if name in ("muon", "muon_short"):
+        muon = dm.muon(
+            rate, momentum=dm.momentum(settings.decay), auxiliary_learning_rate=bias_rate
+        )
+        return Method(muon, None, num_steps)
+    if name == "optax_muon":
+        optax_muon = optax.contrib.muon(
+            falling(settings.optax_muon_learning_rate or settings.learning_rate),
+            beta=settings.decay,
+            nesterov=False,
+            adam_learning_rate=bias_rate,
+            muon_weight_dimension_numbers=_dimension_numbers,
+        )
+        return Method(optax_muon, None, num_steps)
+    if name == "adamw":
+        return Method(optax.adamw(falling(settings.adamw_learning_rate)), None, num_steps)
+    distributions = {
+        "drop_muon_uniform": dm.uniform_depth(),
+        "drop_muon_epoch_shift": dm.epoch_shift_depth(num_steps, alpha=settings.alpha),
+    }
+    drop_muon = dm.drop_muon(
+        rate,
+        layers,
+        distributions[name],
+        seed=seed,
+        momentum=dm.momentum(settings.decay),
+        auxiliary_learning_rate=bias_rate,
+    )
+    return Method(drop_muon, layers, num_steps)
+
+
+def _dimension_numbers(params: optax.Params) -> Any:
+    """For optax.contrib.muon: kernels are matrices with the last axis as fan-out."""
+
+    def of_leaf(leaf: Any) -> MuonDimensionNumbers | None:
+        if leaf.ndim < 2:
+            return None
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map(of_leaf, params)
+
+
+def cross_entropy(model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The mean loss of a batch of inputs and labels."""
+    inputs, labels = batch
+    logits: Any = model.apply({"params": params}, inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_step(model: nn.Module, method: Method, depth: int) -> Callable[..., Any]:
+    """The training step at one depth, to be compiled; its batch is gathered on the device.
+
+    Returns:
+        A function of params, opt_state, all images, all labels, the rows of every batch of the
+        race and the index of the step; it returns params and opt_state.
+    """
+
+    def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return cross_entropy(model, params, batch)
+
+    def step(params, opt_state, images, labels, batches, index):
+        rows = batches[index]
+        batch = images[rows], labels[rows]
+        if method.layers is None:
+            grads = jax.grad(loss_fn)(params, batch)
+            updates, opt_state = method.tx.update(grads, opt_state, params)
+        else:
+            mask = method.layers.mask(depth)
+            _, grads = dm.masked_value_and_grad(loss_fn)(params, batch, layer_mask=mask)
+            updates, opt_state = method.tx.update(grads, opt_state, params, layer_mask=mask)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
