@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import tyro
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,11 +23,12 @@ from steps_by_depth import make_subject, step_by_hand, step_of_package
 ModelName = Literal["cnn", "mlp", "transformer"]
 MODELS: tuple[ModelName, ...] = ("cnn", "mlp", "transformer")
 ALLOWED_GAP = 0.02
+GAPS = ("flops_gap", "memory_gap", "traffic_gap", "seconds_gap")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Compare FLOPs, temporary memory and time of a step at each depth with a step by hand."""
+    """Compare FLOPs, memory and time of a step at each depth with a step by hand."""
 
     output_dir: Path
     """Folder for depth_cost.json and depth_cost.png."""
@@ -55,6 +57,8 @@ class Cost:
     flops_by_hand: float
     temporary_bytes: int
     temporary_bytes_by_hand: int
+    bytes_accessed: float
+    bytes_accessed_by_hand: float
     seconds: float | None
     seconds_by_hand: float | None
 
@@ -67,6 +71,11 @@ class Cost:
     def memory_gap(self) -> float:
         """Of the temporary memory."""
         return self.temporary_bytes / self.temporary_bytes_by_hand - 1
+
+    @property
+    def traffic_gap(self) -> float:
+        """Of the bytes read and written."""
+        return self.bytes_accessed / self.bytes_accessed_by_hand - 1
 
     @property
     def seconds_gap(self) -> float | None:
@@ -111,6 +120,8 @@ def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost
                 steps[by_hand].flops(),
                 steps[package].temporary_bytes(),
                 steps[by_hand].temporary_bytes(),
+                steps[package].bytes_accessed(),
+                steps[by_hand].bytes_accessed(),
                 statistics.median(samples[package]) if samples[package] else None,
                 statistics.median(samples[by_hand]) if samples[by_hand] else None,
             )
@@ -120,30 +131,37 @@ def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost
 
 def print_table(console: Console, costs: Sequence[Cost]) -> None:
     """Every depth, and how far it is from the step by hand."""
-    table = Table(title="A step at each depth; in brackets against the step by hand")
-    for heading in ("network", "depth", "shallowest trained"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("MFLOP", "temporary MiB", "ms"):
+    table = Table(
+        title="A step at each depth; in brackets against the step by hand",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    table.add_column("shallowest trained", no_wrap=True)
+    for heading in ("MFLOP", "temporary MiB", "MiB moved", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    previous = costs[0].model
+    previous = None
     for cost in costs:
         if cost.model != previous:
+            previous = cost.model
             table.add_section()
-        previous = cost.model
+            table.add_row(f"[bold]{cost.model}")
         table.add_row(
-            cost.model,
-            str(cost.depth),
-            cost.layer,
-            f"{cost.flops / 1e6:.2f} {_gap(cost.flops_gap)}",
-            f"{cost.temporary_bytes / 2**20:.2f} {_gap(cost.memory_gap)}",
+            f" {cost.depth} {cost.layer}",
+            f"{cost.flops / 1e6:.1f} {_gap(cost.flops_gap)}",
+            f"{cost.temporary_bytes / 2**20:.1f} {_gap(cost.memory_gap)}",
+            f"{cost.bytes_accessed / 2**20:.1f} {_gap(cost.traffic_gap)}",
             (
                 "–"
                 if cost.seconds is None or cost.seconds_gap is None
-                else f"{cost.seconds * 1000:.2f} ({cost.seconds_gap:+.0%})"
+                else f"{cost.seconds * 1000:.1f} ({cost.seconds_gap:+.0%})"
             ),
         )
     console.print(table)
-    for name, gap in (("FLOPs", "flops_gap"), ("temporary memory", "memory_gap")):
+    for name, gap in (
+        ("FLOPs", "flops_gap"),
+        ("temporary memory", "memory_gap"),
+        ("bytes moved", "traffic_gap"),
+    ):
         worst = max(costs, key=lambda cost: abs(getattr(cost, gap)))
         worst_gap = getattr(worst, gap)
         verdict = "within" if abs(worst_gap) <= ALLOWED_GAP else "NOT within"
@@ -155,7 +173,7 @@ def print_table(console: Console, costs: Sequence[Cost]) -> None:
 
 
 def _gap(gap: float) -> str:
-    text = f"({gap:+.2%})"
+    text = f"({gap:+.1%})"
     return text if abs(gap) <= ALLOWED_GAP else f"[red]{text}[/red]"
 
 
@@ -165,6 +183,7 @@ def make_figure(costs: Sequence[Cost]) -> Figure:
     metrics = [
         ("flops", 1e-6, "MFLOP (XLA's cost analysis)"),
         ("temporary_bytes", 2**-20, "temporary memory (MiB)"),
+        ("bytes_accessed", 2**-20, "bytes moved (MiB)"),
     ]
     if all(cost.seconds is not None for cost in costs):
         metrics.append(("seconds", 1e3, "median time (ms)"))
@@ -212,9 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments_record = dataclasses.asdict(settings)
     del arguments_record["output_dir"]  # of the machine, not of the measurement
     rows = [
-        dataclasses.asdict(cost)
-        | {name: getattr(cost, name) for name in ("flops_gap", "memory_gap", "seconds_gap")}
-        for cost in costs
+        dataclasses.asdict(cost) | {name: getattr(cost, name) for name in GAPS} for cost in costs
     ]
     text = to_json(
         {

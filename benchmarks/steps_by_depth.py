@@ -12,7 +12,8 @@ import dropmuon_jax as dm
 from methods import cross_entropy
 from models import CNN, MLP, Transformer
 
-LEARNING_RATE = 0.02
+# A schedule, as in real runs: what it multiplies, XLA cannot fold away.
+LEARNING_RATE = optax.linear_schedule(0.02, 0.0, 1000)
 
 
 class Subject(NamedTuple):
@@ -32,6 +33,10 @@ class Step(NamedTuple):
     def flops(self) -> float:
         """By XLA's cost analysis."""
         return float(self.compiled.cost_analysis()["flops"])
+
+    def bytes_accessed(self) -> float:
+        """Read and written by the operations, by XLA's cost analysis."""
+        return float(self.compiled.cost_analysis()["bytes accessed"])
 
     def temporary_bytes(self) -> int:
         """By XLA's memory analysis: without arguments and results."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dropmuon_jax._checks import describe
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._sampling import LayerMaskSampler
 
@@ -42,8 +43,13 @@ def masked_value_and_grad(
         30.0 0.0 6.0
     """
 
-    def value_and_grad(params: Any, *args: Any, layer_mask: Any, **kwargs: Any):
-        layer_mask = resolve_mask(_required(layer_mask), params, {})
+    def value_and_grad(params: Any, *args: Any, layer_mask: Any = None, **kwargs: Any):
+        if layer_mask is None:
+            raise TypeError(
+                "The keyword argument 'layer_mask' is missing. Pass layer_mask=layers.mask(depth), "
+                "or layers.mask(0) for all layers."
+            )
+        layer_mask = resolve_mask(layer_mask, params, {})
         leaves, treedef = jax.tree.flatten(params)
         active = treedef.flatten_up_to(layer_mask)
 
@@ -67,8 +73,9 @@ def masked_value_and_grad(
 def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:
     """A step whose depth is drawn on the device, for `lax.scan` and other loops there.
 
-    A `lax.switch` over the static step, compiled once with one branch for each depth. On XLA's CPU
-    backend convolutions inside a branch are slow (28 times, measured); there, draw on the host.
+    A `lax.switch` over the static step, compiled once with one branch for each depth. XLA's CPU
+    backend runs convolutions inside a branch many times slower than outside; there, draw on the
+    host.
 
     Args:
         step_fn: A function of `(*args, layer_mask)`, `layer_mask` by keyword, whose outputs have
@@ -77,6 +84,10 @@ def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Call
 
     Returns:
         A function of `(index, *args)`; `index`, a scalar integer array, is `sampler.sample(count)`.
+        As in `lax.switch`, an index out of range is clamped.
+
+    Raises:
+        TypeError: If `sampler` is no :class:`LayerMaskSampler`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -95,6 +106,11 @@ def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Call
         >>> bool(losses[-1] < losses[0])
         True
     """
+    if not isinstance(sampler, LayerMaskSampler):
+        raise TypeError(
+            f"sampler must be a LayerMaskSampler, got {describe(sampler)}. Give the one that is in "
+            "the chain, or the chain with sampler.attach_to(chain)."
+        )
     masks = [sampler.layers.subset(row.tolist()) for row in sampler.subsets]
     branches = [functools.partial(step_fn, layer_mask=mask) for mask in masks]
 
@@ -102,11 +118,3 @@ def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Call
         return jax.lax.switch(index, branches, *args)
 
     return switched
-
-
-def _required(layer_mask: Any) -> Any:
-    if layer_mask is None:
-        raise TypeError(
-            "layer_mask is None; pass layers.mask(depth), or layers.mask(0) for all layers."
-        )
-    return layer_mask

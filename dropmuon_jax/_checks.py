@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def is_python_number(value: Any) -> bool:
@@ -62,6 +63,12 @@ def check_floating(name: str, dtype: Any) -> None:
 def static_int(name: str, value: Any, *, minimum: int, hint: str = "") -> int:
     """The Python integer that a static argument must be.
 
+    Args:
+        name: What the message calls it.
+        value: What was given.
+        minimum: The smallest allowed value.
+        hint: The way out, for a value that is no Python integer.
+
     Raises:
         TypeError: If `value` is traced or no integer.
         ValueError: If it is below `minimum`.
@@ -75,8 +82,24 @@ def static_int(name: str, value: Any, *, minimum: int, hint: str = "") -> int:
     except TypeError:
         raise TypeError(f"{name} must be a Python integer, got {value!r}.{hint}") from None
     if integer < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {integer}.{hint}")
+        raise ValueError(f"{name} must be at least {minimum}, got {integer}.")
     return integer
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Error unless a value is an Optax transformation: a pair of `init` and `update`."""
+    if not isinstance(value, optax.GradientTransformation):
+        called = " Call it to make one." if callable(value) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {describe(value)}.{called}"
+        )
+
+
+def describe(value: Any) -> str:
+    """A value for a message: numbers and names as they are, of anything larger the type."""
+    if value is None or isinstance(value, str | numbers.Number):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

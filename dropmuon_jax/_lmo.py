@@ -194,8 +194,9 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> _Axes
             raise ValueError(
                 f"newton_schulz_lmo cannot tell which axes of leaf '{path}', of shape {shape}, are "
                 f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
-                "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}; axes in "
-                "neither are batch axes."
+                "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
+                "may be a pattern such as 'query/kernel'; axes in neither are batch axes. In "
+                "dm.drop_muon, give lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
             )
         return _Axes(tuple(range(ndim - 1)), (ndim - 1,))
     axes = []

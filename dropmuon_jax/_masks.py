@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dropmuon_jax._checks import check_extra_args
-from dropmuon_jax._layers import leaf_paths
+from dropmuon_jax._layers import leaf_keys, leaf_paths
 
 
 def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> Any:
@@ -26,7 +27,8 @@ def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> A
     if layer_mask is None:
         check_extra_args(extra_args)
         return jax.tree.map(lambda _: True, tree)
-    for path, leaf in zip(leaf_paths(layer_mask), jax.tree.leaves(layer_mask), strict=True):
+    flags = jax.tree.leaves(layer_mask)
+    for path, leaf in zip(leaf_paths(layer_mask), flags, strict=True):
         if isinstance(leaf, jax.Array):
             raise TypeError(
                 f"layer_mask is an array at '{path}'. A traced or device mask cannot skip work: "
@@ -38,21 +40,38 @@ def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> A
                 f"layer_mask must have Python booleans as leaves, got {leaf!r} at '{path}'. "
                 "Make it with layers.mask(depth) or layers.subset(active)."
             )
-    if jax.tree.structure(layer_mask) != jax.tree.structure(tree):
-        mask_paths, tree_paths = set(leaf_paths(layer_mask)), set(leaf_paths(tree))
-        if mask_paths == tree_paths:
-            difference = "the containers differ"
-        else:
-            missing, extra = sorted(tree_paths - mask_paths), sorted(mask_paths - tree_paths)
-            difference = "; ".join(
-                [f"'{path}' is missing from the mask" for path in missing[:3]]
-                + [f"'{path}' is only in the mask" for path in extra[:3]]
-            )
-        raise ValueError(
-            f"layer_mask has another structure than the updates or parameters: {difference}. "
-            "Make the layers from the same tree that you differentiate."
+    if jax.tree.structure(layer_mask) == jax.tree.structure(tree):
+        return layer_mask
+    if leaf_keys(layer_mask) == leaf_keys(tree):  # the same leaves in other containers, as in NNX
+        return jax.tree.unflatten(jax.tree.structure(tree), flags)
+    if jax.tree.structure(layer_mask).num_leaves == 1 and isinstance(layer_mask, bool):
+        raise TypeError(
+            f"layer_mask must be a tree of booleans, got {layer_mask}. Make it with "
+            "layers.mask(depth) or layers.subset(active)."
         )
-    return layer_mask
+    mask_paths, tree_paths = set(leaf_paths(layer_mask)), set(leaf_paths(tree))
+    missing, extra = sorted(tree_paths - mask_paths), sorted(mask_paths - tree_paths)
+    difference = "; ".join(
+        [f"'{path}' is missing from the mask" for path in missing[:3]]
+        + [f"'{path}' is only in the mask" for path in extra[:3]]
+    )
+    way_out = (
+        "Inside optax.partition and optax.masked it must be cut to their part of the tree: use "
+        "dm.chain_subtrees, or give them mask_compatible_extra_args=True."
+        if _has_masked_nodes(tree)
+        else "Make it with layers.mask(depth) or layers.subset(active), of layers made from the "
+        "same tree that you differentiate."
+    )
+    raise ValueError(
+        f"layer_mask has another structure than the updates or parameters: {difference}. {way_out}"
+    )
+
+
+def _has_masked_nodes(tree: Any) -> bool:
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def map_active(function: Callable[..., Any], layer_mask: Any, updates: Any, *rest: Any) -> Any:

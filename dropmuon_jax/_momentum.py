@@ -63,7 +63,9 @@ def momentum(
         check_floating("dtype", dtype)
 
     def init_fn(params: optax.Params) -> MomentumState:
-        return MomentumState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
+        return MomentumState(
+            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
+        )
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         del params

@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from dropmuon_jax import _momentum
-from dropmuon_jax._checks import check_extra_args, check_nonnegative, is_python_number
+from dropmuon_jax._checks import (
+    check_extra_args,
+    check_nonnegative,
+    check_transformation,
+    is_python_number,
+)
 from dropmuon_jax._layers import Layers
 from dropmuon_jax._lmo import newton_schulz_lmo
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
@@ -40,8 +47,9 @@ def drop_muon(
     by layer in the same way. The optimizer saves its own work on inactive layers; take the
     gradients with :func:`masked_value_and_grad` and the same mask to save the backward pass.
 
-    It is `optax.chain` of :func:`layer_mask_sampler` and :func:`chain_subtrees`; write the chain
-    yourself for more than these arguments.
+    It is `optax.chain` of :func:`chain_subtrees` and :func:`layer_mask_sampler`; write the chain
+    yourself for more than these arguments. Wrappers go around it, such as clipping before it; their
+    result gets the draws back by `tx.attach_to`.
 
     Args:
         learning_rate: The radius γ of a step, or a schedule of it over all steps.
@@ -51,8 +59,9 @@ def drop_muon(
         momentum: The momentum of the matrices, by default `momentum(decay=0.9)`.
         lmo: The LMO of the matrices, by default `newton_schulz_lmo(shape_factor="muon")`.
         weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X.
-        auxiliary: The direction for everything else, without its learning rate, by default
-            `optax.scale_by_adam()`; for AdamW chain it with `optax.add_decayed_weights`.
+        auxiliary: The direction for everything else, by default `optax.scale_by_adam()`; for AdamW
+            chain it with `optax.add_decayed_weights`. Not `optax.adamw(…)`, which has a learning
+            rate, and its minus sign, already.
         auxiliary_learning_rate: Its learning rate, by default `learning_rate`.
         labels: A tree, or a function of the parameters, that labels each leaf "matrix" or "other",
             by default :func:`matrix_labels`.
@@ -63,8 +72,8 @@ def drop_muon(
 
     Raises:
         TypeError: If `seed` is missing; in `update`, if `layer_mask` is missing.
-        ValueError: For bad numbers; at `init`, for a leaf in no layer, or labelled "matrix" that is
-            none.
+        ValueError: For bad numbers, and for an `auxiliary`, `lmo` or `momentum` that descends by
+            itself; at `init`, for a leaf in no layer, or labelled "matrix" that is none.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -92,7 +101,7 @@ def drop_muon(
         labels=labels,
         freeze=lambda inner: per_layer(inner, layers),
     )
-    return sampler.drive(optax.chain(sampler, subtrees))
+    return sampler.attach_to(optax.chain(subtrees, sampler))
 
 
 def muon(
@@ -171,6 +180,9 @@ def _muon_subtrees(
     freeze: Callable[[optax.GradientTransformation], optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of the matrices and the chain of everything else."""
+    for name, given in (("momentum", momentum), ("lmo", lmo), ("auxiliary", auxiliary)):
+        if given is not None:
+            _check_direction(name, given)
     if auxiliary_learning_rate is None:
         auxiliary_learning_rate = learning_rate
     for name, rate in (
@@ -195,3 +207,21 @@ def _muon_subtrees(
     return chain_subtrees(
         {"matrix": matrices, "other": others}, matrix_labels if labels is None else labels
     )
+
+
+def _check_direction(name: str, transformation: optax.GradientTransformation) -> None:
+    """Error for a transformation that turns the gradient's sign, such as a whole optimizer."""
+    check_transformation(name, transformation)
+    probe = {"probe": jnp.ones((2, 2))}
+    try:
+        with jax.ensure_compile_time_eval():
+            update: Any = transformation.update(probe, transformation.init(probe), probe)[0]
+            descends = bool(jnp.sum(update["probe"]) < 0)
+    except (LookupError, TypeError, ValueError):
+        return  # made for other parameters, or of traced numbers, whose sign is not known here
+    if descends:
+        raise ValueError(
+            f"{name} must keep the gradient's sign, and the one given descends by itself: it has a "
+            "learning rate already. Give the direction alone, such as optax.scale_by_adam() in "
+            "place of optax.adam(…), and the rate as learning_rate or auxiliary_learning_rate."
+        )

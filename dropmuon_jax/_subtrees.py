@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dropmuon_jax._checks import check_extra_args, did_you_mean
+from dropmuon_jax._checks import check_transformation, describe, did_you_mean
 from dropmuon_jax._layers import Layers, leaf_paths
 from dropmuon_jax._masks import resolve_mask
 
@@ -51,6 +51,8 @@ def chain_subtrees(
     """
     if not transforms:
         raise ValueError("transforms is empty; give one transformation for each label.")
+    for label, transformation in transforms.items():
+        check_transformation(f"transforms[{label!r}]", transformation)
     by_label: dict[Hashable, optax.GradientTransformation] = dict(transforms.items())
     partition = optax.partition(by_label, labels, mask_compatible_extra_args=True)
 
@@ -68,20 +70,33 @@ def chain_subtrees(
         return partition.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        if "layer_mask" not in extra_args:
-            check_extra_args(extra_args)
+        layer_mask = extra_args.pop("layer_mask", None)
+        resolved = resolve_mask(layer_mask, updates, extra_args)
+        if layer_mask is not None:
+            # Optax cuts an extra argument to a subtree if its structure is that of the updates.
+            extra_args["layer_mask"] = resolved
         return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls"}
+
+
 def matrix_labels(params: Any) -> Any:
     """Labels for :func:`chain_subtrees`: "matrix" for what Muon is meant for, else "other".
 
-    A leaf is "other" if it has fewer than two axes (biases, norm scales), or if a component of its
-    path is called `embed`, `embedding`, `wte` or `wpe`, upper or lower case, with or without a Flax
-    counter (`Embed_0`): the rows of an embedding are looked up, not multiplied. Everything else is
-    "matrix". To decide otherwise, change the returned tree or write your own.
+    A leaf is "other" if it
+
+    * has fewer than two axes,
+    * is called `bias` or `scale`, of however many axes: the biases of attention heads and the
+      norms of scanned layers are stacked vectors, or
+    * has a word of a path component (`Embed_0`, `pos_embedding`, `tok_embeddings`) among `embed`,
+      `embedding`, `embeddings`, `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case:
+      rows of a table are looked up or added, not multiplied.
+
+    Everything else is "matrix". Print the labels once before a long run; to decide otherwise,
+    change the returned tree or write your own.
 
     Args:
         params: The parameters: any pytree of arrays or of `jax.ShapeDtypeStruct`s.
@@ -96,9 +111,9 @@ def matrix_labels(params: Any) -> Any:
     """
 
     def label(path: str, leaf: Any) -> str:
-        names = {re.sub(r"_\d+$", "", component).lower() for component in path.split("/")}
-        embeds = not names.isdisjoint({"embed", "embedding", "wte", "wpe"})
-        return "other" if embeds or len(np.shape(leaf)) < 2 else "matrix"
+        words = set(re.split(r"[/_.]", path.lower()))
+        vector = len(np.shape(leaf)) < 2 or path.rsplit("/", 1)[-1] in ("bias", "scale")
+        return "other" if vector or not words.isdisjoint(_TABLES) else "matrix"
 
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten(map(label, leaf_paths(params), leaves))
@@ -147,6 +162,11 @@ def per_layer(
         >>> [int(inner.count) for inner in state.inner_states]
         [0, 1]
     """
+    check_transformation("inner", inner)
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            f"layers must be made by layers_by_path or trace_layers, got {describe(layers)}."
+        )
     inner = optax.with_extra_args_support(inner)
 
     def cut(tree: Any, depths: Any, layer: int) -> Any:
@@ -164,11 +184,8 @@ def per_layer(
         active = _active_layers(layer_mask, depths)
         structure = jax.tree.structure(updates)
 
-        merged = updates
-        inner_states = list(state.inner_states)
-        for layer in sorted(set(jax.tree.leaves(depths))):
-            update_layer = functools.partial(
-                inner.update,
+        def update_layer(layer: int) -> tuple[Any, optax.OptState]:
+            return inner.update(
                 cut(updates, depths, layer),
                 state.inner_states[layer],
                 None if params is None else cut(params, depths, layer),
@@ -179,18 +196,18 @@ def per_layer(
                     for name, value in extra_args.items()
                 },
             )
+
+        leaves, leaf_depths = jax.tree.leaves(updates), jax.tree.leaves(depths)
+        inner_states = list(state.inner_states)
+        for layer in sorted(set(leaf_depths)):
             if layer in active:
-                layer_updates, inner_states[layer] = update_layer()
-            else:  # traced for the dtypes that an active layer would have, and computed never
-                shapes, _ = jax.eval_shape(update_layer)
-                layer_updates = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            merged = jax.tree.map(
-                lambda d, new, old, layer=layer: new if d == layer else old,
-                depths,
-                layer_updates,
-                merged,
-            )
-        return merged, PerLayerState(tuple(inner_states))
+                layer_updates, inner_states[layer] = update_layer(layer)
+            else:  # traced for the dtypes that an active layer would have, and never computed
+                layer_updates, _ = jax.eval_shape(functools.partial(update_layer, layer))
+            members = [i for i, depth in enumerate(leaf_depths) if depth == layer]
+            for i, new in zip(members, jax.tree.leaves(layer_updates), strict=True):
+                leaves[i] = new if layer in active else jnp.zeros_like(leaves[i], dtype=new.dtype)
+        return jax.tree.unflatten(structure, leaves), PerLayerState(tuple(inner_states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

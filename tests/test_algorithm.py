@@ -121,20 +121,28 @@ def test_ten_steps_with_the_iteration_equal_its_own_polynomials(coefficients):
             assert max_difference(ours, theirs.params) < 1e-9
 
 
-def test_a_float32_step_is_within_the_stated_band_of_algorithm_1():
+def test_ten_float32_steps_are_each_within_the_stated_band_of_algorithm_1():
     params = make_params()
     layers = dm.layers_by_path(params, NAMES)
-    tx = dm.drop_muon(LEARNING_RATE, layers, dm.full_depth(), seed=0)
-    grads = jax.grad(loss_fn)(params, next(batches(1, jnp.float32)))
-    updates, _ = tx.update(grads, tx.init(params), params, layer_mask=layers.mask(0))
-    exact = reference.DropMuon(params, LEARNING_RATE, 0.9)
-    exact.step(grads, NAMES)
-    for name in NAMES:
-        cols = params[name].shape[-1]
-        exact_step = (exact.params[name] - np.asarray(params[name], np.float64)).reshape(-1, cols)
-        radius = np.linalg.norm(exact_step, 2)
-        difference = np.asarray(updates[name], np.float64).reshape(-1, cols) - exact_step
-        assert np.linalg.norm(difference, 2) / radius < 0.17
+    tx = dm.drop_muon(LEARNING_RATE, layers, dm.uniform_depth(), seed=0)
+    step, state = make_step(tx, layers), tx.init(params)
+    theirs = reference.DropMuon(params, LEARNING_RATE, 0.9)
+    for k, batch in enumerate(batches(10, jnp.float32)):
+        # From where we are: the band is that of a step, and steps add up.
+        before = {name: np.asarray(x, np.float64) for name, x in params.items()}
+        grads = jax.grad(loss_fn)(params, batch)
+        theirs.params = dict(before)
+        theirs.step(grads, NAMES[tx.depth(k) :])
+        params, state = step(params, state, batch, tx.active(k))
+        for name in NAMES[tx.depth(k) :]:
+            cols = params[name].shape[-1]
+            exact_step = (theirs.params[name] - before[name]).reshape(-1, cols)
+            difference = (np.asarray(params[name], np.float64) - theirs.params[name]).reshape(
+                -1, cols
+            )
+            # The band [0.84, 1.13] of singular values in [1e-3, 1], where these are.
+            radius = np.linalg.norm(exact_step, 2)
+            assert np.linalg.norm(difference, 2) / radius < 0.16 + 1e-3
 
 
 def test_with_full_sampling_drop_muon_equals_muon():

@@ -235,6 +235,7 @@ def test_step_costs_what_it_would_if_only_the_active_layers_were_trainable(name,
         flops.append(package.flops())
         assert package.flops() == pytest.approx(by_hand.flops(), rel=0.02)
         assert package.temporary_bytes() == pytest.approx(by_hand.temporary_bytes(), rel=0.02)
+        assert package.bytes_accessed() == pytest.approx(by_hand.bytes_accessed(), rel=0.02)
     assert flops[0] > flops[1]
 
 
@@ -255,7 +256,8 @@ def test_depth_cost_leaves_every_gap_and_a_plot(tmp_path):
     assert [cost["depth"] for cost in costs] == [0, 1]
     for cost in costs:
         assert cost["flops_gap"] == pytest.approx(cost["flops"] / cost["flops_by_hand"] - 1)
-        assert abs(cost["memory_gap"]) <= depth_cost.ALLOWED_GAP
+        for name in ("flops_gap", "memory_gap", "traffic_gap"):
+            assert abs(cost[name]) <= depth_cost.ALLOWED_GAP
         assert cost["seconds"] > 0
     assert str(tmp_path) not in text
     assert (tmp_path / "depth_cost.png").stat().st_size > 10_000

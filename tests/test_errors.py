@@ -143,7 +143,7 @@ LAYER_ERRORS = [
         "depth_too_large",
         lambda: LAYERS.mask(3),
         ValueError,
-        "depth must be below 3, the number of layers",
+        "depth must be at most 2, with 3 layers",
         "got 3",
     ),
     error(
@@ -210,7 +210,7 @@ MASK_ERRORS = [
         "mask_none_in_masked_value_and_grad",
         lambda: gradients(layer_mask=None),
         TypeError,
-        "layer_mask is None",
+        "keyword argument 'layer_mask' is missing",
         "layers.mask(0) for all layers",
     ),
     error(
@@ -242,7 +242,7 @@ BAD_MASKS = [
         ValueError,
         "layer_mask has another structure",
         "'mid/bias' is missing from the mask",
-        "Make the layers from the same tree",
+        "layers made from the same tree",
     ),
     error(
         "with_a_leaf_too_many",
@@ -258,7 +258,7 @@ BAD_MASKS = [
         "layer_mask has another structure",
     ),
     error(
-        "of_one_boolean", lambda call: call(True), ValueError, "layer_mask has another structure"
+        "of_one_boolean", lambda call: call(True), TypeError, "layer_mask must be a tree", "True"
     ),
     error(
         "traced",
@@ -417,7 +417,7 @@ SAMPLING_ERRORS = [
         "independent_layers_of_wrong_length",
         lambda: sampler(dm.independent_layers([0.5, 0.5]), seed=0),
         ValueError,
-        "over 2 layers and there are 3",
+        "subsets of shape (4, 2), and there are 3 layers",
         "stem, mid, head",
     ),
     error(
@@ -542,6 +542,114 @@ LMO_ERRORS = [
         lambda: dm.newton_schulz_lmo(radius=-1),
         ValueError,
         "radius must be positive and finite, got -1",
+    ),
+    error(
+        "auxiliary_descends",
+        lambda: drop_muon(auxiliary=optax.adamw(1e-3)),
+        ValueError,
+        "auxiliary must keep the gradient's sign",
+        "optax.scale_by_adam() in place of",
+    ),
+    error(
+        "lmo_descends",
+        lambda: dm.muon(0.1, lmo=optax.sgd(0.1)),
+        ValueError,
+        "lmo must keep the gradient's sign",
+    ),
+    error(
+        "momentum_is_a_number",
+        lambda: drop_muon(momentum=0.9),
+        TypeError,
+        "momentum must be an optax.GradientTransformation, got 0.9",
+    ),
+    error(
+        "momentum_is_not_called",
+        lambda: drop_muon(momentum=dm.momentum),
+        TypeError,
+        "momentum must be an optax.GradientTransformation, got a function. Call it",
+    ),
+    error(
+        "per_layer_with_swapped_arguments",
+        lambda: dm.per_layer(LAYERS, optax.adam(0.1)),
+        TypeError,
+        "inner must be an optax.GradientTransformation, got a Layers",
+    ),
+    error(
+        "per_layer_without_layers",
+        lambda: dm.per_layer(optax.adam(0.1), ["stem"]),
+        TypeError,
+        "layers must be made by layers_by_path or trace_layers, got a list",
+    ),
+    error(
+        "sampler_of_parameters",
+        lambda: dm.layer_mask_sampler(PARAMS, UNIFORM, seed=0),
+        TypeError,
+        "layers must be made by layers_by_path or trace_layers, got a dict",
+    ),
+    error(
+        "subtree_of_a_number",
+        lambda: dm.chain_subtrees({"matrix": 0.1}, "matrix"),
+        TypeError,
+        "transforms['matrix'] must be an optax.GradientTransformation, got 0.1",
+    ),
+    error(
+        "switch_over_layers",
+        lambda: dm.switch_depth(gradients, LAYERS),
+        TypeError,
+        "sampler must be a LayerMaskSampler, got a Layers",
+        "attach_to",
+    ),
+    error(
+        "attach_to_no_transformation",
+        lambda: SAMPLER.attach_to(0.1),
+        TypeError,
+        "transformation must be an optax.GradientTransformation, got 0.1",
+    ),
+    error(
+        "mask_not_cut_by_optax",
+        lambda: updated(optax.masked(dm.momentum(), LAYERS.mask(1)), layer_mask=LAYERS.mask(0)),
+        ValueError,
+        "layer_mask has another structure",
+        "dm.chain_subtrees",
+        "mask_compatible_extra_args=True",
+    ),
+    error(
+        "seed_too_large",
+        lambda: dm.layer_mask_sampler(LAYERS, UNIFORM, seed=2**64),
+        ValueError,
+        "seed must be below 2^64",
+    ),
+    error("step_too_large", lambda: SAMPLER.depth(2**31), ValueError, "step must be at most"),
+    error(
+        "probabilities_go_wrong_later",
+        lambda: sampler(
+            dm.LayerDistribution(
+                dm.depth_subsets, lambda k, b: jnp.array([1.0, 0.0, 0.0]) - 0.01 * k
+            ),
+            seed=0,
+        ).depth(7),
+        ValueError,
+        "probabilities must not be negative",
+        "at step 1",
+    ),
+    error(
+        "probabilities_branch_in_python",
+        lambda: sampler(
+            dm.LayerDistribution(
+                dm.depth_subsets, lambda k, b: jnp.eye(b)[0] if k < 9 else jnp.eye(b)[1]
+            ),
+            seed=0,
+        ),
+        TypeError,
+        "jnp.where(step < n",
+    ),
+    error(
+        "subsets_of_numbers",
+        lambda: sampler(
+            dm.LayerDistribution(lambda b: np.eye(b), lambda k, b: jnp.full(b, 1 / b)), seed=0
+        ),
+        TypeError,
+        "subsets of the distribution must be booleans, got float64",
     ),
     error(
         "radius_not_scalar",

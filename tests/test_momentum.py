@@ -79,3 +79,13 @@ def test_the_decay_may_be_traced():
     expected = jnp.stack([(1 - d) * grads["w"] for d in (0.1, 0.6)])
     decays = jnp.array([0.1, 0.6])
     np.testing.assert_allclose(jax.vmap(first_update)(decays), expected, atol=1e-6)
+
+
+def test_weakly_typed_parameters_get_a_momentum_of_constant_type():
+    params = {"w": jnp.full((3,), 0.1)}
+    assert params["w"].weak_type
+    tx = dm.momentum()
+    state = tx.init(params)
+    _, new_state = tx.update({"w": jnp.ones(3, jnp.float32)}, state)
+    assert not state.momentum["w"].weak_type
+    assert not new_state.momentum["w"].weak_type

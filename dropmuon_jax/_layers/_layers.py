@@ -73,7 +73,8 @@ class Layers:
         )
         if depth >= self.num_layers:
             raise ValueError(
-                f"depth must be below {self.num_layers}, the number of layers, got {depth}."
+                f"depth must be at most {self.num_layers - 1}, with {self.num_layers} layers, "
+                f"got {depth}."
             )
         return self.subset([layer >= depth for layer in range(self.num_layers)])
 

@@ -6,16 +6,26 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, KeyPath
 
+_NNX_VALUE = GetAttrKey("value")
+
 
 def leaf_keys(tree: Any) -> list[str]:
-    """A key for each leaf that is the same in the whole tree and in a masked part of it."""
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    """A key for each leaf that is the same in a masked part of the tree, and in NNX's pure states.
+
+    Flax hands `update` states of bare arrays where `init` has seen states of NNX variables, nodes
+    with the single child `.value`, so that component is left out.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        jax.tree_util.keystr(path[:-1] if path and path[-1] == _NNX_VALUE else path)
+        for path in paths
+    ]
 
 
 def leaf_paths(tree: Any) -> list[str]:
     """The path of each leaf as a user writes it: `blocks/3/kernel`.
 
-    An NNX variable is a node with the single child `.value`; that last component is left out.
+    The `.value` of an NNX variable is left out; a leaf of that name beside others is not.
     """
     paths: list[KeyPath] = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     children: dict[KeyPath, int] = {}
@@ -23,7 +33,7 @@ def leaf_paths(tree: Any) -> list[str]:
         children[path[:-1]] = children.get(path[:-1], 0) + 1
 
     def shorten(path: KeyPath) -> KeyPath:
-        wraps_one_value = path and path[-1] == GetAttrKey("value") and children[path[:-1]] == 1
+        wraps_one_value = path and path[-1] == _NNX_VALUE and children[path[:-1]] == 1
         return path[:-1] if wraps_one_value else path
 
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]

@@ -21,13 +21,27 @@ class LayerDistribution:
     """A distribution over subsets of the layers, as a function of the step.
 
     Like a learning-rate schedule it is pure in the step, which may be traced. Write your own by
-    giving the two functions; for a distribution over depths take `subsets=dm.depth_subsets`.
+    giving the two functions, in `jax.numpy` and without a Python `if` on the step; for a
+    distribution over depths take `subsets=dm.depth_subsets`.
 
     Attributes:
         subsets: From the number of layers b to the subsets that can be drawn, a NumPy array of
             booleans of shape (num_subsets, b), True = active. Static.
         probabilities: From the step, a scalar integer array, and the static b to the probability of
             each subset, of shape (num_subsets,), in float32 under every JAX configuration.
+
+    Examples:
+        Full steps only, in the first hundred; any depth after that.
+
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> def probabilities(step, num_layers):
+        ...     late = jnp.full(num_layers, 1 / num_layers, jnp.float32)
+        ...     return jnp.where(step < 100, jnp.zeros_like(late).at[0].set(1.0), late)
+        >>> distribution = dm.LayerDistribution(dm.depth_subsets, probabilities)
+        >>> for step in (99, 100):
+        ...     print(distribution.inclusion_probabilities(step, 4))
+        [1. 1. 1. 1.]
+        [0.25 0.5  0.75 1.  ]
     """
 
     subsets: Callable[[int], Bool[np.ndarray, "num_subsets num_layers"]]
@@ -37,8 +51,9 @@ class LayerDistribution:
         self, step: Array | int, num_layers: int
     ) -> Float[Array, " num_layers"]:
         """π_i = Σ_{S ∋ i} P(S), how likely each layer is active in a step; by enumeration."""
-        subsets = jnp.asarray(self.subsets(num_layers), jnp.float32)
-        return self.probabilities(step, num_layers) @ subsets
+        # A sum, not a matrix product, which an accelerator would round to a half precision.
+        probabilities = jnp.asarray(self.probabilities(step, num_layers), jnp.float32)
+        return jnp.sum(probabilities[:, None] * self.subsets(num_layers), axis=0)
 
 
 def depth_subsets(num_layers: int) -> Bool[np.ndarray, "num_layers num_layers"]:

@@ -9,13 +9,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from dropmuon_jax._checks import check_extra_args, static_int
+from dropmuon_jax._checks import (
+    check_extra_args,
+    check_transformation,
+    describe,
+    static_int,
+)
 from dropmuon_jax._layers import Layers
-from dropmuon_jax._masks import map_active, resolve_mask
+from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
+from dropmuon_jax._sampling._draws import draw_index
 
-_RESOLUTION_BITS = 24  # of a float32's mantissa: probabilities are rounded to multiples of 2^-24
 _STEPS_PER_BLOCK = 1024  # how many steps the host draws at once
+_LAST_STEP = 2**31 - 1
 
 
 class LayerMaskSamplerState(NamedTuple):
@@ -28,8 +34,9 @@ class LayerMaskSamplerState(NamedTuple):
 class LayerMaskSampler(optax.GradientTransformationExtraArgs):
     """An Optax transformation that also knows which layers each step updates.
 
-    Made by :func:`layer_mask_sampler` and, with a whole optimizer behind it, by
-    :func:`drop_muon`. Every draw is a pure function of seed and step.
+    Made by :func:`layer_mask_sampler` and, with a whole optimizer before it, by
+    :func:`drop_muon`. Every draw is a pure function of seed and step. A chain around it has no
+    draws of its own: keep the sampler, or let :meth:`attach_to` add them.
 
     Attributes:
         layers: The :class:`Layers` that are drawn from.
@@ -49,16 +56,7 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
         Returns:
             A scalar int32: the depth, or the row of `subsets`, for :func:`switch_depth`.
         """
-        key = jax.random.fold_in(jax.random.key(self._seed, impl="threefry2x32"), count)
-        # The folded key is itself 64 random bits, the same under every JAX configuration.
-        bits = jax.random.key_data(key)[0] >> (32 - _RESOLUTION_BITS)
-        # In integers the sum below is exact, in whatever order a backend takes it.
-        total = 1 << _RESOLUTION_BITS
-        shares = jnp.round(self.probabilities(count) * total).astype(jnp.int32)
-        missing = total - jnp.sum(shares, dtype=jnp.int32)
-        shares = shares.at[jnp.argmax(shares)].add(missing)
-        thresholds = jnp.cumsum(shares, dtype=jnp.int32)[:-1]
-        return jnp.sum(bits.astype(jnp.int32) >= thresholds, dtype=jnp.int32)
+        return draw_index(self._seed, count, self.probabilities(count))
 
     def depth(self, step: int) -> int:
         """The depth of a step, on the host, without touching the device that trains.
@@ -90,14 +88,27 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
 
     def probabilities(self, step: Array | int) -> Float[Array, " num_subsets"]:
         """The probability of each row of `subsets` at a step: of each depth."""
-        return self.distribution.probabilities(step, self.layers.num_layers)
+        return jnp.asarray(
+            self.distribution.probabilities(step, self.layers.num_layers), jnp.float32
+        )
 
     def inclusion_probabilities(self, step: Array | int) -> Float[Array, " num_layers"]:
         """How likely each layer is active at a step; exact."""
         return self.distribution.inclusion_probabilities(step, self.layers.num_layers)
 
-    def drive(self, transformation: optax.GradientTransformation) -> "LayerMaskSampler":
-        """A transformation with this sampler's draws beside its `init` and `update`."""
+    def attach_to(self, transformation: optax.GradientTransformation) -> "LayerMaskSampler":
+        """A transformation with this sampler's draws beside its `init` and `update`.
+
+        Examples:
+            >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
+            >>> params = {"stem": jnp.eye(2), "head": jnp.eye(2)}
+            >>> layers = dm.layers_by_path(params, ["stem", "head"])
+            >>> tx = dm.drop_muon(0.1, layers, dm.full_depth(), seed=0)
+            >>> tx = tx.attach_to(optax.chain(optax.clip_by_global_norm(1.0), tx))
+            >>> tx.depth(0)
+            0
+        """
+        check_transformation("transformation", transformation)
         init, update = optax.with_extra_args_support(transformation)
         return _make_sampler(init, update, self.layers, self.distribution, self._seed)
 
@@ -109,21 +120,30 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
         step = static_int(
             "step", step, minimum=0, hint="Count the steps in Python, or use sampler.sample."
         )
+        if step > _LAST_STEP:
+            raise ValueError(f"step must be at most {_LAST_STEP}, an int32, got {step}.")
         block, offset = divmod(step, _STEPS_PER_BLOCK)
         return int(self._draw_block(block)[offset])
 
     @functools.cached_property
     def _draw_block(self):
-        sample = jax.jit(jax.vmap(self.sample))
+        draw = jax.jit(jax.vmap(lambda count: (self.sample(count), self.probabilities(count))))
 
         @functools.lru_cache(maxsize=4)
         def draw_block(block: int) -> np.ndarray:
             start = block * _STEPS_PER_BLOCK
             steps = np.arange(start, start + _STEPS_PER_BLOCK, dtype=np.int32)
-            # On the host's processor, so that a busy accelerator is not waited for; and now, even
-            # if a user's trace is under way.
-            with jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
-                return np.asarray(sample(steps))
+            # On the host's processor, so that a busy accelerator is not waited for; now, even if a
+            # user's trace is under way; and under a transfer guard, which guards the accelerator.
+            with (
+                jax.ensure_compile_time_eval(),
+                jax.transfer_guard("allow"),
+                jax.default_device(_host_device()),
+            ):
+                indices, probabilities = map(np.asarray, draw(steps))
+            for step, of_step in enumerate(probabilities, start):
+                _check_probabilities(of_step, step)
+            return indices
 
         return draw_block
 
@@ -133,9 +153,14 @@ def layer_mask_sampler(
 ) -> LayerMaskSampler:
     """Draws the layers of each step, and lets only their updates through.
 
-    It stands first in a chain. The mask of a step is static, so the step is specialised to it: draw
-    with `.depth(step)` on the host, hand it to the jitted step as a static argument, build the mask
-    with `layers.mask(depth)`, and give that both to :func:`masked_value_and_grad` and to `update`.
+    It stands last in a chain: its zeros are static, so that XLA leaves inactive parameters alone,
+    where zeros that a scheduled learning rate has multiplied would be added to them. Adding them
+    keeps every bit of a parameter.
+
+    The mask of a step is static, so the step is specialised to it: draw with `.depth(step)` on the
+    host, hand it to the jitted step as a static argument, build the mask with `layers.mask(depth)`,
+    and give that both to :func:`masked_value_and_grad` and to `update`. (With another mask in
+    `update` a layer without a gradient would step on its old momentum; nothing can detect that.)
     In a loop on the device, `.sample(count)` draws the same depths for :func:`switch_depth`.
 
     Both draws are pure functions of seed and step: the same on every process of a pod, and after a
@@ -146,17 +171,19 @@ def layer_mask_sampler(
     Args:
         layers: The layers, over the whole parameters.
         depth_distribution: A :class:`LayerDistribution`, such as :func:`uniform_depth`.
-        seed: A Python integer, at least 0. (A scalar array works too, for `sample` only.)
+        seed: A Python integer from 0 to 2^64 - 1. (A scalar array works too, for `sample` only.)
 
     Returns:
         A :class:`LayerMaskSampler`: a transformation whose `update` requires the extra argument
         `layer_mask`, sets the updates of inactive leaves to zero and counts its steps, with the
-        methods `depth`, `active`, `sample`, `probabilities` and `inclusion_probabilities`.
+        methods `depth`, `active`, `sample`, `probabilities`, `inclusion_probabilities` and
+        `attach_to`.
 
     Raises:
         TypeError: If `seed` is missing or no integer; in `update`, if `layer_mask` is missing.
-        ValueError: If the distribution does not fit the number of layers, or its probabilities at
-            step 0 are negative or do not sum to one; at `init`, for a leaf that is in no layer.
+        ValueError: If the distribution does not fit the number of layers, or its probabilities are
+            negative or do not sum to one: at construction for step 0, at `depth` and `active` for
+            every step; at `init`, for a leaf that is in no layer.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -168,21 +195,25 @@ def layer_mask_sampler(
         True
         >>> updates, state = sampler.update(params, sampler.init(params), layer_mask=layers.mask(1))
         >>> print(updates["stem"], updates["mid"], updates["head"])
-        [0. 0.] [1. 1.] [1. 1.]
+        [-0. -0.] [1. 1.] [1. 1.]
 
     References:
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1.
     """
     if not isinstance(layers, Layers):
-        raise TypeError(f"layers must be made by layers_by_path or trace_layers, got {layers!r}.")
+        raise TypeError(
+            f"layers must be made by layers_by_path or trace_layers, got {describe(layers)}."
+        )
     if not isinstance(depth_distribution, LayerDistribution):
         raise TypeError(
             "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), "
-            f"got {depth_distribution!r}."
+            f"got {describe(depth_distribution)}."
         )
     if not isinstance(seed, jax.Array):
         seed = static_int("seed", seed, minimum=0)
+        if seed >= 1 << 64:
+            raise ValueError(f"seed must be below 2^64, got {seed}.")
     _check_distribution(depth_distribution, layers)
 
     def init_fn(params: optax.Params) -> LayerMaskSamplerState:
@@ -198,7 +229,12 @@ def layer_mask_sampler(
                 "gradients were taken with: layer_mask=layers.mask(depth)."
             )
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
-        updates = map_active(lambda update: update, layer_mask, updates)
+        # p + (-0.0) is p, bit for bit; p + 0.0 is not for a p of -0.0.
+        updates = jax.tree.map(
+            lambda active, update: update if active else jnp.full_like(update, -0.0),
+            layer_mask,
+            updates,
+        )
         return updates, LayerMaskSamplerState(jnp.asarray(optax.safe_increment(state.count)))
 
     return _make_sampler(init_fn, update_fn, layers, depth_distribution, seed)
@@ -221,25 +257,43 @@ def _make_sampler(
 
 
 def _check_distribution(distribution: LayerDistribution, layers: Layers) -> None:
-    """Error unless the distribution fits the layers."""
-    num_layers = layers.num_layers
+    """Error unless the distribution fits the layers and can be traced."""
+    num_layers, names = layers.num_layers, ", ".join(layers.names)
     subsets = np.asarray(distribution.subsets(num_layers))
-    if subsets.ndim != 2 or subsets.shape[1] != num_layers or subsets.dtype != bool:
+    if subsets.dtype != bool:
+        raise TypeError(f"subsets of the distribution must be booleans, got {subsets.dtype}.")
+    if subsets.ndim != 2 or subsets.shape[1] != num_layers:
         raise ValueError(
-            f"The distribution is over {subsets.shape[-1]} layers and there are {num_layers}: "
-            f"{', '.join(layers.names)}."
+            f"The distribution is over subsets of shape {subsets.shape}, and there are "
+            f"{num_layers} layers: {names}."
         )
     with jax.ensure_compile_time_eval():
         probabilities = np.asarray(distribution.probabilities(0, num_layers))
     if probabilities.shape != (len(subsets),):
         raise ValueError(
             f"The distribution gives {probabilities.size} probabilities, and {num_layers} layers "
-            f"need {len(subsets)}: {', '.join(layers.names)}."
+            f"need {len(subsets)}: {names}."
         )
+    _check_probabilities(probabilities, 0)
+    try:
+        jax.eval_shape(
+            lambda step: distribution.probabilities(step, num_layers),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            "probabilities of the distribution must be a function of a traced step: write "
+            "jnp.where(step < n, …) in place of a Python `if`."
+        ) from error
+
+
+def _check_probabilities(probabilities: np.ndarray, step: int) -> None:
     if not (probabilities >= 0).all():
-        raise ValueError(f"probabilities must not be negative, got {probabilities} at step 0.")
+        raise ValueError(f"probabilities must not be negative, got {probabilities} at step {step}.")
     if not np.isclose(probabilities.sum(), 1, atol=1e-5):
-        raise ValueError(f"probabilities must sum to 1, got {probabilities.sum():g} at step 0.")
+        raise ValueError(
+            f"probabilities must sum to 1, got {probabilities.sum():g} at step {step}."
+        )
 
 
 def _host_device() -> Any:
