@@ -135,9 +135,10 @@ def print_table(console: Console, costs: Sequence[Cost]) -> None:
         title="A step at each depth; in brackets against the step by hand",
         box=SIMPLE,
         pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
-    table.add_column("shallowest trained", no_wrap=True)
-    for heading in ("MFLOP", "temporary MiB", "MiB moved", "ms"):
+    table.add_column("from layer", no_wrap=True)
+    for heading in ("MFLOP", "temp. MiB", "MiB moved", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for cost in costs:
