@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dropmuon_jax._checks import check_transformation, describe, did_you_mean
-from dropmuon_jax._layers import Layers, leaf_paths
+from dropmuon_jax._checks import check_transformation, did_you_mean
+from dropmuon_jax._layers import Layers, check_layers, leaf_paths
 from dropmuon_jax._masks import resolve_mask
 
 
@@ -163,10 +163,7 @@ def per_layer(
         [0, 1]
     """
     check_transformation("inner", inner)
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be made by layers_by_path or trace_layers, got {describe(layers)}."
-        )
+    check_layers(layers)
     inner = optax.with_extra_args_support(inner)
 
     def cut(tree: Any, depths: Any, layer: int) -> Any:

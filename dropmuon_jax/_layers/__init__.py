@@ -2,11 +2,12 @@
 
 from dropmuon_jax._layers._by_path import layers_by_path
 from dropmuon_jax._layers._by_trace import trace_layers
-from dropmuon_jax._layers._layers import Layers
+from dropmuon_jax._layers._layers import Layers, check_layers
 from dropmuon_jax._layers._paths import compile_pattern, leaf_keys, leaf_paths
 
 __all__ = [
     "Layers",
+    "check_layers",
     "compile_pattern",
     "layers_by_path",
     "leaf_keys",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dropmuon_jax._checks import static_int
+from dropmuon_jax._checks import describe, static_int
 from dropmuon_jax._layers._paths import leaf_keys, leaf_paths
 
 
@@ -207,6 +207,14 @@ class Layers:
                 f"it belongs to the shallowest, {min(depths)}."
             )
         return "\n".join(lines)
+
+
+def check_layers(value: Any) -> None:
+    """Error unless an argument is `Layers`."""
+    if not isinstance(value, Layers):
+        raise TypeError(
+            f"layers must be made by layers_by_path or trace_layers, got {describe(value)}."
+        )
 
 
 def make_layers(

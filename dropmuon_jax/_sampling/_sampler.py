@@ -15,7 +15,7 @@ from dropmuon_jax._checks import (
     describe,
     static_int,
 )
-from dropmuon_jax._layers import Layers
+from dropmuon_jax._layers import Layers, check_layers
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
 from dropmuon_jax._sampling._draws import draw_index
@@ -201,10 +201,7 @@ def layer_mask_sampler(
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1.
     """
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be made by layers_by_path or trace_layers, got {describe(layers)}."
-        )
+    check_layers(layers)
     if not isinstance(depth_distribution, LayerDistribution):
         raise TypeError(
             "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), "
