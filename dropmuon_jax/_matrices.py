@@ -1,0 +1,111 @@
+"""Leaves as matrices: which axes of a leaf are fan-in and which fan-out."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+from dropmuon_jax._checks import check_floating, did_you_mean
+from dropmuon_jax._layers import compile_pattern, leaf_paths
+
+DimensionNumbers = MuonDimensionNumbers | Mapping[str, MuonDimensionNumbers]
+
+
+class MatrixAxes:
+    """The fan-in and fan-out axes of one leaf; no pytree, so that a tree of them has leaves."""
+
+    def __init__(self, fan_in: tuple[int, ...], fan_out: tuple[int, ...]):
+        self.fan_in = fan_in
+        self.fan_out = fan_out
+
+
+def matrix_axes(tree: Any, dimension_numbers: DimensionNumbers | None) -> Any:
+    """The `MatrixAxes` of each leaf.
+
+    Raises:
+        ValueError: For a leaf that is no matrix, naming its path, and for a pattern of the mapping
+            that matches no leaf or a leaf that two patterns match.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    paths = leaf_paths(tree)
+    numbers: list[MuonDimensionNumbers | None]
+    if isinstance(dimension_numbers, Mapping):
+        numbers = _match_patterns(paths, dimension_numbers)
+    else:
+        numbers = [dimension_numbers] * len(paths)
+    return treedef.unflatten(
+        _leaf_axes(path, leaf, spec)
+        for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
+    )
+
+
+def _match_patterns(
+    paths: list[str], mapping: Mapping[str, MuonDimensionNumbers]
+) -> list[MuonDimensionNumbers | None]:
+    numbers: list[MuonDimensionNumbers | None] = [None] * len(paths)
+    for pattern, spec in mapping.items():
+        expression = compile_pattern(pattern)
+        hits = [i for i, path in enumerate(paths) if expression.search(path)]
+        if paths and not hits:
+            raise ValueError(
+                f"dimension_numbers: pattern '{pattern}' matches no leaf of {paths}."
+                f"{did_you_mean(pattern, paths)}"
+            )
+        for i in hits:
+            if numbers[i] is not None:
+                raise ValueError(f"dimension_numbers: leaf '{paths[i]}' matches two patterns.")
+            numbers[i] = spec
+    return numbers
+
+
+def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> MatrixAxes:
+    check_floating(f"leaf '{path}'", leaf.dtype)
+    shape, ndim = leaf.shape, leaf.ndim
+    if ndim < 2:
+        raise ValueError(
+            f"newton_schulz_lmo needs matrices, and leaf '{path}' has shape {shape}. Give vectors "
+            "and scalars a chain of their own with dm.chain_subtrees."
+        )
+    if spec is None:
+        if ndim not in (2, 4):
+            raise ValueError(
+                f"newton_schulz_lmo cannot tell which axes of leaf '{path}', of shape {shape}, are "
+                f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
+                "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
+                "may be a pattern such as 'query/kernel'; axes in neither are batch axes. In "
+                "dm.drop_muon, give lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
+            )
+        return MatrixAxes(tuple(range(ndim - 1)), (ndim - 1,))
+    axes = []
+    for named in (spec.reduction_axis, spec.output_axis):
+        named = (named,) if isinstance(named, int) else tuple(named)
+        if any(not -ndim <= axis < ndim for axis in named):
+            raise ValueError(
+                f"dimension_numbers name an axis of {named}, but leaf '{path}' has {ndim} axes."
+            )
+        axes.append(tuple(axis % ndim for axis in named))
+    if len({*axes[0], *axes[1]}) < len(axes[0]) + len(axes[1]) or not (axes[0] and axes[1]):
+        raise ValueError(
+            "dimension_numbers must name at least one axis each for fan-in and fan-out, and none "
+            f"twice; leaf '{path}' got reduction_axis={axes[0]}, output_axis={axes[1]}."
+        )
+    return MatrixAxes(axes[0], axes[1])
+
+
+def to_matrices(
+    x: jax.Array, axes: MatrixAxes
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """A leaf as (*batch, fan-in, fan-out), and the way back."""
+    batch = tuple(axis for axis in range(x.ndim) if axis not in axes.fan_in + axes.fan_out)
+    order = batch + axes.fan_in + axes.fan_out
+    moved = x.transpose(order)
+    sizes = [math.prod(x.shape[axis] for axis in group) for group in (axes.fan_in, axes.fan_out)]
+    matrices = moved.reshape(*(x.shape[axis] for axis in batch), *sizes)
+
+    def restore(y: jax.Array) -> jax.Array:
+        return y.reshape(moved.shape).transpose(np.argsort(order))
+
+    return matrices, restore
