@@ -2,9 +2,10 @@
 
 from dropmuon_jax._backprop import masked_value_and_grad, switch_depth
 from dropmuon_jax._layers import Layers, layers_by_path, trace_layers
-from dropmuon_jax._lmo import newton_schulz_lmo
+from dropmuon_jax._lmo import newton_schulz_lmo, spectral_lmo, svd_lmo
 from dropmuon_jax._momentum import MomentumState, momentum
 from dropmuon_jax._optimizers import drop_muon, muon
+from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
 from dropmuon_jax._sampling import (
     LayerDistribution,
     LayerMaskSampler,
@@ -41,8 +42,12 @@ __all__ = [
     "matrix_labels",
     "momentum",
     "muon",
+    "newton_schulz",
     "newton_schulz_lmo",
     "per_layer",
+    "polar_express_coefficients",
+    "spectral_lmo",
+    "svd_lmo",
     "switch_depth",
     "trace_layers",
     "uniform_depth",

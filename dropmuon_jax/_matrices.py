@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from dropmuon_jax._checks import check_floating, did_you_mean
@@ -14,32 +15,33 @@ from dropmuon_jax._layers import compile_pattern, leaf_paths
 DimensionNumbers = MuonDimensionNumbers | Mapping[str, MuonDimensionNumbers]
 
 
-class MatrixAxes:
-    """The fan-in and fan-out axes of one leaf; no pytree, so that a tree of them has leaves."""
+class MatrixAxes(NamedTuple):
+    """The fan-in and fan-out axes of one leaf; all others are batch axes."""
 
-    def __init__(self, fan_in: tuple[int, ...], fan_out: tuple[int, ...]):
-        self.fan_in = fan_in
-        self.fan_out = fan_out
+    path: str
+    """Of the leaf."""
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
 
 
-def matrix_axes(tree: Any, dimension_numbers: DimensionNumbers | None) -> Any:
-    """The `MatrixAxes` of each leaf.
+def matrix_axes(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[MatrixAxes]:
+    """The axes of each leaf, in the order of the leaves.
 
     Raises:
         ValueError: For a leaf that is no matrix, naming its path, and for a pattern of the mapping
             that matches no leaf or a leaf that two patterns match.
     """
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
     paths = leaf_paths(tree)
     numbers: list[MuonDimensionNumbers | None]
     if isinstance(dimension_numbers, Mapping):
         numbers = _match_patterns(paths, dimension_numbers)
     else:
         numbers = [dimension_numbers] * len(paths)
-    return treedef.unflatten(
+    return [
         _leaf_axes(path, leaf, spec)
         for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
-    )
+    ]
 
 
 def _match_patterns(
@@ -66,19 +68,19 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> Matri
     shape, ndim = leaf.shape, leaf.ndim
     if ndim < 2:
         raise ValueError(
-            f"newton_schulz_lmo needs matrices, and leaf '{path}' has shape {shape}. Give vectors "
+            f"An LMO of matrices needs matrices, and leaf '{path}' has shape {shape}. Give vectors "
             "and scalars a chain of their own with dm.chain_subtrees."
         )
     if spec is None:
         if ndim not in (2, 4):
             raise ValueError(
-                f"newton_schulz_lmo cannot tell which axes of leaf '{path}', of shape {shape}, are "
-                f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
+                f"An LMO of matrices cannot tell which axes of leaf '{path}', of shape {shape}, "
+                f"are fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
                 "may be a pattern such as 'query/kernel'; axes in neither are batch axes. In "
                 "dm.drop_muon, give lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
             )
-        return MatrixAxes(tuple(range(ndim - 1)), (ndim - 1,))
+        return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,))
     axes = []
     for named in (spec.reduction_axis, spec.output_axis):
         named = (named,) if isinstance(named, int) else tuple(named)
@@ -92,20 +94,27 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> Matri
             "dimension_numbers must name at least one axis each for fan-in and fan-out, and none "
             f"twice; leaf '{path}' got reduction_axis={axes[0]}, output_axis={axes[1]}."
         )
-    return MatrixAxes(axes[0], axes[1])
+    return MatrixAxes(path, axes[0], axes[1])
+
+
+def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> tuple[int, int]:
+    """Fan-in and fan-out."""
+    return (
+        math.prod(leaf.shape[axis] for axis in axes.fan_in),
+        math.prod(leaf.shape[axis] for axis in axes.fan_out),
+    )
 
 
 def to_matrices(
-    x: jax.Array, axes: MatrixAxes
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """A leaf as (*batch, fan-in, fan-out), and the way back."""
-    batch = tuple(axis for axis in range(x.ndim) if axis not in axes.fan_in + axes.fan_out)
+    leaf: jax.Array, axes: MatrixAxes
+) -> tuple[Float[Array, "batch fan_in fan_out"], Callable[[jax.Array], jax.Array]]:
+    """A leaf as a stack of matrices, and the way back."""
+    batch = tuple(axis for axis in range(leaf.ndim) if axis not in axes.fan_in + axes.fan_out)
     order = batch + axes.fan_in + axes.fan_out
-    moved = x.transpose(order)
-    sizes = [math.prod(x.shape[axis] for axis in group) for group in (axes.fan_in, axes.fan_out)]
-    matrices = moved.reshape(*(x.shape[axis] for axis in batch), *sizes)
+    moved = leaf.transpose(order)
+    size = math.prod(leaf.shape[axis] for axis in batch)
 
-    def restore(y: jax.Array) -> jax.Array:
-        return y.reshape(moved.shape).transpose(np.argsort(order))
+    def restore(matrices: jax.Array) -> jax.Array:
+        return matrices.reshape(moved.shape).transpose(np.argsort(order))
 
-    return matrices, restore
+    return moved.reshape(size, *matrix_shape(leaf, axes)), restore

@@ -9,9 +9,58 @@ def polar_factor(matrix):
     return u @ vt
 
 
-def polynomial_polar_factor(matrix, rows, safety):
-    """X ← aX + bXXᵀX + c(XXᵀ)²X for each row (a, b, c), from X = matrix / (‖matrix‖_F · safety)."""
-    x = matrix / (np.linalg.norm(matrix) * safety)
+# As published: Muon (Jordan et al., 2024), Dion (You, 2025), Polar Express (Amsel et al., 2025),
+# Turbo-Muon (Boissin et al., 2025).
+MUON = [(3.4445, -4.7750, 2.0315)]
+DION = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+]
+TURBO_MUON = [
+    (4.6051, -9.6552, 5.6769),
+    (4.7505, -6.0861, 2.1790),
+    (2.7763, -2.3190, 0.5523),
+    (2.4231, -2.2861, 0.8193),
+]
+# Name: rows, the norm to divide by first, and the steps that are published.
+COEFFICIENTS = {
+    "muon": (MUON, "frobenius", 5),
+    "dion": (DION, "frobenius", 5),
+    "polar_express": (POLAR_EXPRESS, "schatten", 5),
+    "turbo_muon": (TURBO_MUON, "aol", 4),
+}
+
+
+def published_rows(name, num_steps=None):
+    """The rows of a named set; the last is repeated."""
+    rows, _, default = COEFFICIENTS[name]
+    return [rows[min(step, len(rows) - 1)] for step in range(num_steps or default)]
+
+
+def polynomial_polar_factor(matrix, rows, start="frobenius"):
+    """X ← aX + bXXᵀX + c(XXᵀ)²X for each row (a, b, c), from X = matrix / its norm."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return polynomial_polar_factor(matrix.T, rows, start).T
+    gram = matrix @ matrix.T
+    norms = {
+        "frobenius": np.linalg.norm(matrix),
+        "schatten": np.linalg.norm(gram) ** 0.5,
+        "aol": np.abs(gram).sum(axis=1, keepdims=True) ** 0.5,  # one for each row
+    }
+    x = matrix / norms[start]
     for a, b, c in rows:
         x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
     return x

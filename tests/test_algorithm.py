@@ -10,7 +10,6 @@ import pytest
 
 import dropmuon_jax as dm
 import reference
-from dropmuon_jax._orthogonalize import resolve_polynomials
 
 NAMES = ("stem", "mid", "head")
 LEARNING_RATE = 0.05
@@ -71,15 +70,13 @@ def test_ten_steps_with_an_exact_lmo_equal_algorithm_1(name):
     with jax.enable_x64(True):
         params = make_params(jnp.float64)
         layers = dm.layers_by_path(params, NAMES)
-        # Twelve steps of the iteration are the SVD to rounding: the tolerance is float64's.
-        lmo = dm.newton_schulz_lmo(shape_factor="muon", num_steps=12)
         tx = dm.drop_muon(
             LEARNING_RATE,
             layers,
             DISTRIBUTIONS[name],
             seed=3,
             momentum=dm.momentum(DECAY),
-            lmo=lmo,
+            lmo=dm.svd_lmo(shape_factor="muon"),
         )
         state, step = tx.init(params), make_step(tx, layers)
         ours = params
@@ -92,7 +89,7 @@ def test_ten_steps_with_an_exact_lmo_equal_algorithm_1(name):
             assert max_difference(ours, theirs.params) < 1e-9
 
 
-@pytest.mark.parametrize("coefficients", ["polar_express", "muon", "dion"])
+@pytest.mark.parametrize("coefficients", reference.COEFFICIENTS)
 def test_ten_steps_with_the_iteration_equal_its_own_polynomials(coefficients):
     with jax.enable_x64(True):
         params = make_params(jnp.float64)
@@ -106,12 +103,15 @@ def test_ten_steps_with_the_iteration_equal_its_own_polynomials(coefficients):
             lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients=coefficients),
         )
         state, step = tx.init(params), make_step(tx, layers)
-        polynomials = resolve_polynomials(coefficients, None)
+        rows, start = (
+            reference.published_rows(coefficients),
+            reference.COEFFICIENTS[coefficients][1],
+        )
         theirs = reference.DropMuon(
             params,
             LEARNING_RATE,
             DECAY,
-            lambda m: reference.polynomial_polar_factor(m, *polynomials),
+            lambda m: reference.polynomial_polar_factor(m, rows, start),
         )
         ours = params
         for k, batch in enumerate(batches(10, jnp.float64)):

@@ -14,16 +14,10 @@ from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
 
-# The bands of newton_schulz_lmo's docstring: where five steps take the singular values of M/‖M‖_F.
-BANDS = {
-    ("polar_express", 1e-3): (0.84, 1.13),
-    ("polar_express", 1e-2): (0.87, 1.13),
-    ("dion", 1e-3): (0.47, 1.15),
-    ("dion", 1e-2): (0.97, 1.04),
-    ("muon", 1e-3): (0.47, 1.21),
-    ("muon", 1e-2): (0.68, 1.14),
-}
-LOW, HIGH = BANDS["polar_express", 1e-3]
+# Where five steps take singular values of at least 1e-3, by newton_schulz_lmo's docstring.
+LOW, HIGH = 0.86, 1.13
+# Steps after which only rounding remains.
+EXACT = 7
 # The largest entry outside the singular basis. Rounding to the dtype, and in float32 the iteration,
 # which magnifies small singular values and their rounding a thousandfold: measured 4e-3, 4e-4,
 # 6e-6 and 4e-14.
@@ -116,7 +110,8 @@ def test_the_inner_product_is_the_dual_norm_within_the_stated_band(matrix):
 @given(matrices(), st.floats(-30, 30))
 def test_the_scale_does_not_matter(matrix, exponent):
     # Measured: at most 3e-5.
-    np.testing.assert_allclose(lmo(10.0**exponent * matrix), lmo(matrix), atol=2e-4)
+    scaled = lmo(10.0**exponent * matrix, num_steps=EXACT)
+    np.testing.assert_allclose(scaled, lmo(matrix, num_steps=EXACT), atol=2e-4)
 
 
 @laws
@@ -137,7 +132,9 @@ def test_rotations_pass_through(matrix, seed):
     """lmo(QMR) = Q lmo(M) R."""
     left, right = rotation(matrix.shape[0], seed), rotation(matrix.shape[1], seed + 1)
     # Measured: at most 2e-5.
-    np.testing.assert_allclose(lmo(left @ matrix @ right), left @ lmo(matrix) @ right, atol=2e-4)
+    rotated = lmo(left @ matrix @ right, num_steps=EXACT)
+    expected = left @ lmo(matrix, num_steps=EXACT) @ right
+    np.testing.assert_allclose(rotated, expected, atol=2e-4)
 
 
 @laws
@@ -145,7 +142,8 @@ def test_rotations_pass_through(matrix, seed):
 def test_transposition_passes_through(matrix):
     """The iteration runs on the shorter side, so a tall matrix and its wide transpose agree."""
     # Measured: at most 2e-5.
-    np.testing.assert_allclose(lmo(matrix.T), lmo(matrix).T, atol=2e-4)
+    transposed = lmo(matrix.T, num_steps=EXACT)
+    np.testing.assert_allclose(transposed, lmo(matrix, num_steps=EXACT).T, atol=2e-4)
 
 
 @laws
@@ -154,82 +152,6 @@ def test_a_batch_equals_a_loop(shape, seed):
     stack = np.random.default_rng(seed).normal(size=(3, *shape))
     batch = lmo(stack, dimension_numbers=MuonDimensionNumbers(reduction_axis=1, output_axis=2))
     np.testing.assert_allclose(batch, [lmo(matrix) for matrix in stack], atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "smallest"), BANDS)
-def test_five_steps_take_the_singular_values_to_the_stated_band(name, smallest):
-    """A dense grid: diag(x, √(1 - x²)) has the singular values x and √(1 - x²), and norm one."""
-    x = np.geomspace(smallest, np.sqrt(0.5), 4000)
-    stack = np.zeros((x.size, 2, 2))
-    stack[:, 0, 0], stack[:, 1, 1] = x, np.sqrt(1 - x**2)
-    numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    gains = lmo(stack, coefficients=name, dimension_numbers=numbers)[:, [0, 1], [0, 1]]
-    low, high = BANDS[name, smallest]
-    assert low < gains.min() < low + 0.02  # the band holds, and is not wider than it need be
-    assert high - 0.02 < gains.max() < high
-
-
-def test_eight_steps_of_polar_express_are_exact_to_four_digits():
-    matrix = matrix_with(np.geomspace(2.1e-3, 1, 4), (4, 6), 0)
-    left, _, right = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(lmo(matrix, num_steps=8), left @ right, atol=1e-4)
-
-
-# The rows as published, in float64: Muon (Jordan et al., 2024), Dion (You, 2025), Polar Express
-# (Amsel et al., 2025), whose rows but the last are eased: a/1.01, b/1.01³, c/1.01⁵.
-PUBLISHED = {
-    "muon": [(3.4445, -4.7750, 2.0315)],
-    "dion": [
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ],
-    "polar_express": [
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-        (1.875, -1.25, 0.375),
-    ],
-}
-
-
-def published_direction(matrix: np.ndarray, name: str, num_steps: int) -> np.ndarray:
-    rows, ease = PUBLISHED[name], 1.01 if name == "polar_express" else 1.0
-    x = matrix / (np.linalg.norm(matrix) * ease)
-    for step in range(num_steps):
-        a, b, c = rows[min(step, len(rows) - 1)]
-        if step < len(rows) - 1:
-            a, b, c = a / ease, b / ease**3, c / ease**5
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
-    return x
-
-
-@pytest.mark.parametrize("num_steps", [5, 10])
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_named_coefficients_are_the_published_ones(name, num_steps):
-    with jax.enable_x64(True):
-        for shape in ((3, 5), (5, 3)):
-            matrix = matrix_with([1.0, 0.1, 3e-3], shape, 0)
-            np.testing.assert_allclose(
-                lmo(matrix, jnp.float64, coefficients=name, num_steps=num_steps),
-                published_direction(matrix, name, num_steps),
-                atol=1e-12,
-            )
-
-
-def test_own_rows_are_run_in_their_order():
-    rows = ((3.0, -3.0, 1.0), (1.5, -0.5, 0.0))
-    matrix = matrix_with([1.0, 0.5, 0.2], (3, 5), 0)
-    x = matrix / np.linalg.norm(matrix)
-    for a, b, c in rows:
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
-    np.testing.assert_allclose(lmo(matrix, coefficients=rows), x, atol=1e-5)
 
 
 # --- Scales, dtypes, degenerate matrices ----------------------------------------------------------

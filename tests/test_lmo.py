@@ -84,16 +84,8 @@ def test_shape_factors_are_the_papers_in_the_layout_of_flax(name, shape):
     np.testing.assert_allclose(ratio, PAPERS[name](out, fan_in), rtol=1e-4)
 
 
-def test_a_named_polynomial_repeats_its_last_row():
-    x = random(4, 7)
-    tree = {"w": jnp.asarray(x, jnp.float32)}
-    tx = dm.newton_schulz_lmo(coefficients="muon", num_steps=3)
-    expected = reference.polynomial_polar_factor(x, [(3.4445, -4.7750, 2.0315)] * 3, safety=1.0)
-    np.testing.assert_allclose(tx.update(tree, tx.init(tree))[0]["w"], expected, atol=1e-5)
-
-
 def test_inactive_leaves_are_not_orthogonalized():
-    tree = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    tree = {"a": jnp.ones((8, 8)), "b": jnp.ones((9, 9))}
     tx = dm.newton_schulz_lmo()
 
     def products(mask):
