@@ -97,7 +97,8 @@ def _iterate_on_cpu(x: Array, polynomials: Polynomials, dtype: Any) -> Array:
     info = jnp.finfo(dtype)
 
     def product(a: Array, b: Array) -> Array:
-        # XLA's CPU backend has no product of bfloat16 that sums in float32: round, then multiply.
+        # XLA's CPU backend sums products of bfloat16 in float32 for some shapes only, and has none
+        # for the others (jax 0.10): round, then multiply in float32, for the same result.
         if dtype != accumulator:
             a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
         return jnp.matmul(a.astype(accumulator), b.astype(accumulator))

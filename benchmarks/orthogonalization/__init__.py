@@ -1,0 +1,1 @@
+"""What benchmarks/orthogonalize.py is made of."""
