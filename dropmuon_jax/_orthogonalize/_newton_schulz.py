@@ -20,17 +20,18 @@ from dropmuon_jax._orthogonalize._polynomials import (
     Row,
     resolve_polynomials,
 )
+from dropmuon_jax._orthogonalize._products import (
+    BFLOAT16,
+    TF32,
+    Products,
+    accelerator_products,
+    cpu_products,
+)
 from dropmuon_jax._orthogonalize._segments import choose_segments
 
-Product = Callable[[Array, Array], Array]
 Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Unit roundoffs of products of float32 at JAX's default precision, where they are not float32's.
-_TF32, _BFLOAT16 = 2.0**-11, 2.0**-8
-# From this size on halves of a symmetric product are faster than the whole on a CPU: measured
-# 1.10× at 768 and 1.19× at 1536 rows, and 0.96× at 512.
-_SYMMETRIC_FROM = 768
 
 
 def newton_schulz(
@@ -82,76 +83,23 @@ def newton_schulz(
         x = _to_unit_entries(x).astype(np.promote_types(arithmetic, np.float32))
         x = jax.lax.platform_dependent(
             x,
-            cpu=lambda x: _iterate_on_cpu(x, polynomials, arithmetic),
-            tpu=lambda x: _iterate_in(x, polynomials, arithmetic, precision, _BFLOAT16),
-            default=lambda x: _iterate_in(x, polynomials, arithmetic, precision, _TF32),
+            cpu=lambda x: _iterate(x, polynomials, cpu_products(arithmetic)),
+            tpu=lambda x: _iterate(
+                x, polynomials, accelerator_products(arithmetic, precision, BFLOAT16)
+            ),
+            default=lambda x: _iterate(
+                x, polynomials, accelerator_products(arithmetic, precision, TF32)
+            ),
         )
         return (x if wide else x.mT).astype(result_dtype)
 
     return orthogonalize
 
 
-def _iterate_on_cpu(x: Array, polynomials: Polynomials, dtype: Any) -> Array:
-    """With full products, whatever precision is asked for, and symmetric ones in halves."""
-    accumulator = np.promote_types(dtype, np.float32)
-    info = jnp.finfo(dtype)
-
-    def product(a: Array, b: Array) -> Array:
-        # XLA's CPU backend sums products of bfloat16 in float32 for some shapes only, and has none
-        # for the others (jax 0.10): round, then multiply in float32, for the same result.
-        if dtype != accumulator:
-            a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
-        return jnp.matmul(a.astype(accumulator), b.astype(accumulator))
-
-    def symmetric_product(a: Array, b: Array) -> Array:
-        if a.shape[-1] == a.shape[-2] >= _SYMMETRIC_FROM:
-            return _symmetric_product(a, b, product)
-        return product(a, b)
-
-    roundoff = float(jnp.finfo(dtype).eps) / 2
-    return _iterate(x, polynomials, roundoff, product, symmetric_product)
-
-
-def _iterate_in(
-    x: Array,
-    polynomials: Polynomials,
-    dtype: Any,
-    precision: jax.lax.Precision | None,
-    float32_roundoff: float,
-) -> Array:
-    product = _product_in(dtype, precision)
-    rounded = dtype == jnp.float32 and precision is not jax.lax.Precision.HIGHEST
-    roundoff = float32_roundoff if rounded else float(jnp.finfo(dtype).eps) / 2
-    return _iterate(x, polynomials, roundoff, product, product)
-
-
-def _product_in(dtype: Any, precision: jax.lax.Precision | None) -> Product:
-    """The matrix product of arrays rounded to `dtype`, summed in float32 at least."""
-    accumulator = np.promote_types(dtype, np.float32)
-
-    def product(a: Array, b: Array) -> Array:
-        a, b = a.astype(dtype), b.astype(dtype)
-        return jnp.matmul(a, b, precision=precision, preferred_element_type=accumulator)
-
-    return product
-
-
-def _symmetric_product(a: Array, b: Array, product: Product) -> Array:
-    """AB where it is symmetric: three quarters of the operations."""
-    half = a.shape[-2] // 2
-    top = product(a[..., :half, :], b)
-    corner = product(a[..., half:, :], b[..., half:])
-    bottom = jnp.concatenate([top[..., half:].mT, corner], axis=-1)
-    return jnp.concatenate([top, bottom], axis=-2)
-
-
 def _iterate(
-    x: Float[Array, "*batch rows cols"],
-    polynomials: Polynomials,
-    roundoff: float,
-    product: Product,
-    symmetric_product: Product,
+    x: Float[Array, "*batch rows cols"], polynomials: Polynomials, products: Products
 ) -> Float[Array, "*batch rows cols"]:
+    roundoff, product, symmetric_product = products
     rows = polynomials.eased(roundoff)
     num_rows, num_cols = x.shape[-2:]
     identity = jnp.eye(num_rows, dtype=x.dtype).reshape((1,) * (x.ndim - 2) + (num_rows, num_rows))
