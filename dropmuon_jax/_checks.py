@@ -89,7 +89,11 @@ def static_int(name: str, value: Any, *, minimum: int, hint: str = "") -> int:
 def check_transformation(name: str, value: Any) -> None:
     """Error unless a value is an Optax transformation: a pair of `init` and `update`."""
     if not isinstance(value, optax.GradientTransformation):
-        called = " Call it to make one." if callable(value) else ""
+        called = (
+            " If it makes one, call it; a function of matrices goes into dm.spectral_lmo."
+            if callable(value)
+            else ""
+        )
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {describe(value)}.{called}"
         )

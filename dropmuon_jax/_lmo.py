@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import check_choice, check_positive, static_int
+from dropmuon_jax._checks import check_choice, check_positive, describe, static_int
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._matrices import DimensionNumbers, matrix_axes, matrix_shape, to_matrices
 from dropmuon_jax._orthogonalize import (
@@ -66,7 +66,7 @@ def newton_schulz_lmo(
     =======================  ================  ================
     coefficients, num_steps  from [1e-3, 1]    from [1e-2, 1]
     =======================  ================  ================
-    "polar_express", 5       [0.86, 1.13]      [0.87, 1.13]
+    "polar_express", 5       [0.86, 1.14]      [0.87, 1.13]
     "polar_express", 6       1 ± 2e-3          1 ± 2e-3
     "polar_express", 7       1 ± 1e-4          1 ± 1e-4
     "dion", 5                [0.47, 1.15]      [0.97, 1.04]
@@ -77,8 +77,10 @@ def newton_schulz_lmo(
     =======================  ================  ================
 
     and smaller ones less. These bound what was measured on a CPU over 6 shapes from 8×8 to 300×400,
-    5 spectra and 4 to 10 seeds. Rounding rotates the singular vectors of the smallest by up to 0.01
-    with 5 or 6 steps in float32, 1e-4 with 7 and 0.9 in bfloat16; "turbo_muon" those of all by up
+    5 spectra and 4 to 10 seeds, and for the first row over one large singular value among equal
+    small ones, the worst case: there rounding of MMᵀ in float32 adds up to 0.014. It rotates the
+    singular vectors of the smallest by up to 0.02 with 5 or 6 steps, 1e-4 with 7 and 0.9 in
+    bfloat16; "turbo_muon" those of all by up
     to 0.5. On a GPU or TPU, which round products of float32 to TF32 or bfloat16 unless `precision`
     says otherwise, expect the rows for f16 or bf16; unmeasured.
 
@@ -89,8 +91,10 @@ def newton_schulz_lmo(
             ((fan-out/fan-in)^½).
         coefficients: "polar_express", "dion", "muon", "turbo_muon", or rows (a, b, c), each one
             step X ← aX + b(XXᵀ)X + c(XXᵀ)²X, such as those of :func:`polar_express_coefficients`.
+            Static.
         num_steps: Number of steps, static; by default 4 for "turbo_muon", 5 for the other names,
-            and the number of own rows.
+            and the number of own rows. A named set is cut off, or its last row repeated; only
+            "polar_express" comes nearer to 1 with every step.
         start: What M is divided by first, to bring its singular values into [0, 1]: "frobenius",
             ‖M‖_F; "schatten", ‖MMᵀ‖_F^½, which is smaller by up to fan^¼, so that small singular
             values start higher; or "aol", row by row, which changes the singular vectors. By
@@ -105,7 +109,8 @@ def newton_schulz_lmo(
             (in, out), or (height, width, in, out) with fan-in height · width · in.
         memory_limit: Working memory of the iteration in bytes, static; by default 256 MiB, or what
             one matrix needs where that is more. Beyond it the matrices of a shape pass in slices,
-            in a loop. The stack of these matrices, in float32, comes on top.
+            in a loop. The stack of these matrices, in float32, comes on top; of leaves in half
+            precision XLA keeps two.
 
     Returns:
         A stateless transformation whose `update` takes the extra argument `layer_mask` (by default
@@ -114,10 +119,10 @@ def newton_schulz_lmo(
     Raises:
         ValueError: At construction, if `radius` is a Python number that is not positive,
             `shape_factor`, `coefficients`, `start` or `dtype` are unknown, `num_steps` is below 1,
-            or own rows overflow in float16. At `init`, with the path, for a leaf that is no
-            matrix: one with fewer than two axes, or with three or more than four axes and no
-            dimension numbers (a stack of matrices and a 1-D convolution look the same); and for a
-            matrix that needs more than `memory_limit`.
+            or own rows or start="aol" overflow in float16. At `init`, with the path, for a leaf
+            that is no matrix: one with fewer than two axes, or with three or more than four axes
+            and no dimension numbers (a stack of matrices and a 1-D convolution look the same); and
+            for a matrix that needs more than `memory_limit`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -206,7 +211,8 @@ def spectral_lmo(
         orthogonalize: From an array (batch, rows, cols), rows ≤ cols, in float32 or float64, to one
             of the same shape and dtype with the polar factor UVᵀ of each matrix UΣVᵀ. It is called
             once for each shape of the tree, under `jax.jit`, and in a loop over slices where
-            `memory_limit` asks for them; no matrix may depend on the others of its batch.
+            `memory_limit` asks for them; no matrix may depend on the others of its batch. Some
+            are zero, where the slices are padded.
             :func:`newton_schulz` makes such functions.
         radius: As in :func:`newton_schulz_lmo`.
         shape_factor: Likewise.
@@ -232,15 +238,21 @@ def spectral_lmo(
         [[ 2.  0.]
          [ 0. -2.]]
     """
-    if not callable(orthogonalize):
+    if not callable(orthogonalize) or orthogonalize is newton_schulz:
         raise TypeError(
             "orthogonalize must be a function from matrices to their polar factors, such as "
-            f"dm.newton_schulz(), got {orthogonalize!r}."
+            f"dm.newton_schulz() with its parentheses, got {describe(orthogonalize)}."
         )
     check_positive("radius", radius)
     check_choice("shape_factor", shape_factor, SHAPE_FACTORS)
     if memory_limit is not None:
-        memory_limit = static_int("memory_limit", memory_limit, minimum=1, hint="It is in bytes.")
+        memory_limit = static_int(
+            "memory_limit",
+            memory_limit,
+            minimum=1,
+            hint="It is in bytes, and static: under optax.inject_hyperparams name it in "
+            "static_args.",
+        )
     if not isinstance(dimension_numbers, MuonDimensionNumbers | Mapping | None):
         raise TypeError(
             "dimension_numbers must be an optax.contrib.MuonDimensionNumbers or a mapping from "

@@ -81,6 +81,11 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> Matri
                 "dm.drop_muon, give lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
             )
         return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,))
+    if not isinstance(spec, MuonDimensionNumbers):
+        raise TypeError(
+            f"dimension_numbers of leaf '{path}' must be an optax.contrib.MuonDimensionNumbers, "
+            f"got {spec!r}."
+        )
     axes = []
     for named in (spec.reduction_axis, spec.output_axis):
         named = (named,) if isinstance(named, int) else tuple(named)

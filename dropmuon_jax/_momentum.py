@@ -26,8 +26,9 @@ def momentum(
     .. math::
         M \leftarrow \text{decay}\, M + (1 - \text{decay})\, G
 
-    starting from M = 0, without bias correction, which an LMO would not see. With `nesterov` the
-    update is decay · M + (1 - decay) · G, of the new M. The gradient's sign is kept.
+    starting from M = 0, without bias correction, whose one factor an LMO would not see. With
+    `nesterov` the update is decay · M + (1 - decay) · G, of the new M; optax.contrib.muon corrects
+    both terms, by different factors, so that first steps differ. The gradient's sign is kept.
 
     Args:
         decay: The weight of the past, in [0, 1), a number or a scalar array. The paper's β, the

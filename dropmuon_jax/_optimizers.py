@@ -117,9 +117,13 @@ def muon(
     """Muon: :func:`drop_muon` with every layer in every step, and therefore without layers.
 
     It differs from `optax.contrib.muon` in: 1. the polynomial, Polar Express by default, which is
-    closer to the polar factor at five steps as well. 2. No Nesterov momentum unless asked for.
+    closer to the polar factor at five steps as well. 2. Decay 0.9, and no Nesterov momentum.
     3. Convolutions and named axes are matrices too; embeddings are not. 4. A leaf it cannot handle
-    is an error at `init`.
+    is an error at `init`. Its `beta=0.95, nesterov=True` is
+    `momentum=dm.momentum(0.95, nesterov=True)`, up to its bias correction, which moved the second
+    and third step by 5 % and fades; its `ns_coeffs` and `ns_steps` are
+    `lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients="muon", num_steps=5)`; its
+    `consistent_rms=0.2` is `shape_factor="moonlight"`.
 
     Args:
         learning_rate: The radius of a step, or a schedule of it.

@@ -566,7 +566,8 @@ LMO_ERRORS = [
         "momentum_is_not_called",
         lambda: drop_muon(momentum=dm.momentum),
         TypeError,
-        "momentum must be an optax.GradientTransformation, got a function. Call it",
+        "momentum must be an optax.GradientTransformation, got a function",
+        "call it",
     ),
     error(
         "per_layer_with_swapped_arguments",
@@ -704,6 +705,60 @@ LMO_ERRORS = [
         "Did you mean 'polar_express'?",
     ),
     error(
+        "coefficients_of_words",
+        lambda: dm.newton_schulz_lmo(coefficients=[("a", "b", "c")]),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        "coefficients must be a name or rows of three finite numbers (a, b, c)",
+        "got [('a', 'b', 'c')]",
+    ),
+    error(
+        "coefficients_in_a_jax_array",
+        lambda: dm.newton_schulz(jnp.eye(3)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "coefficients are static",
+        "dm.newton_schulz()(x)",
+    ),
+    error(
+        "kernel_of_a_tree",
+        lambda: dm.newton_schulz()({"w": jnp.eye(3)}),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "newton_schulz orthogonalizes an array, got a dict",
+        "newton_schulz_lmo",
+    ),
+    error(
+        "kernel_not_made",
+        lambda: dm.spectral_lmo(dm.newton_schulz),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "such as dm.newton_schulz() with its parentheses",
+    ),
+    error(
+        "kernel_in_place_of_an_lmo",
+        lambda: dm.muon(0.1, lmo=dm.newton_schulz()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "lmo must be an optax.GradientTransformation",
+        "a function of matrices goes into dm.spectral_lmo",
+    ),
+    error(
+        "kernel_returns_nothing",
+        lambda: dm.spectral_lmo(lambda x: None).update(KERNELS, optax.EmptyState()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "The orthogonalize function must return an array of the shape it is given",
+        "returned None",
+    ),
+    error(
+        "memory_limit_injected",
+        lambda: optax.inject_hyperparams(dm.newton_schulz_lmo)(memory_limit=10**6).init(KERNELS),
+        TypeError,
+        "memory_limit must be a Python integer, got an array",
+        "name it in static_args",
+    ),
+    error(
+        "dimension_numbers_of_tuples",
+        lambda: dm.newton_schulz_lmo(dimension_numbers={"stem": (0, 1)}).init(KERNELS),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "must be an optax.contrib.MuonDimensionNumbers, got (0, 1)",
+    ),
+    error(
         "start_unknown",
         lambda: dm.newton_schulz_lmo(start="schaten"),
         ValueError,
@@ -735,6 +790,13 @@ LMO_ERRORS = [
         ValueError,
         "overflows in float16",
         "dtype=jnp.bfloat16",
+    ),
+    error(
+        "float16_from_aol",
+        lambda: dm.newton_schulz_lmo(coefficients="turbo_muon", dtype=jnp.float16),
+        ValueError,
+        'start="aol" divides each row',
+        "another start",
     ),
     error(
         "memory_limit_zero",
@@ -809,28 +871,28 @@ LMO_ERRORS = [
         "coefficients_of_wrong_shape",
         lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5)]),
         ValueError,
-        "coefficients must be a name or finite rows (a, b, c)",
-        "shape (1, 2)",
+        "coefficients must be a name or rows of three finite numbers (a, b, c)",
+        "got [(1.5, -0.5)]",
     ),
     error(
         "coefficients_of_one_row_without_brackets",
         lambda: dm.newton_schulz_lmo(coefficients=(1.5, -0.5, 0.0)),  # pyright: ignore[reportArgumentType]
         ValueError,
-        "coefficients must be a name or finite rows (a, b, c)",
+        "coefficients must be a name or rows of three finite numbers (a, b, c)",
         "[(a, b, c)] * num_steps",
     ),
     error(
         "coefficients_empty",
         lambda: dm.newton_schulz_lmo(coefficients=[]),
         ValueError,
-        "coefficients must be a name or finite rows",
-        "shape (0,)",
+        "coefficients must be a name or rows of three finite numbers",
+        "got []",
     ),
     error(
         "coefficients_infinite",
         lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5, float("inf"))]),
         ValueError,
-        "coefficients must be a name or finite rows",
+        "coefficients must be a name or rows of three finite numbers",
     ),
     error(
         "shape_factor_unknown",

@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 import dropmuon_jax as dm
 
 # Where five steps take singular values of at least 1e-3, by newton_schulz_lmo's docstring.
-LOW, HIGH = 0.86, 1.13
+LOW, HIGH = 0.86, 1.14
 # Steps after which only rounding remains.
 EXACT = 7
 # The largest entry outside the singular basis. Rounding to the dtype, and in float32 the iteration,

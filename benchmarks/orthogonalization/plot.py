@@ -57,7 +57,8 @@ def make_figure(measurements: Measurements, dtype: str) -> Figure:
     for axes in panels[: last + 1 : columns]:
         axes.set_ylabel("error ‖UVᵀ − O‖_F / √rank")
     figure.suptitle(
-        f"Error at condition {condition:g} against time, and error against condition ({dtype})"
+        f"Error on test matrices of condition {condition:g} against time on each list, "
+        f"and error by condition ({dtype})"
     )
     handles, labels = panels[last].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

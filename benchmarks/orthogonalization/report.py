@@ -55,7 +55,7 @@ def _list_table(timings: ListTimings, num_steps: int) -> Table:
         f"{timings.name}: {_count(len(timings.shapes), 'leaf', 'leaves')} of "
         f"{_count(kinds, 'matrix shape', 'matrix shapes')}",
         f"{REFERENCE} takes {own:,.1f} ms, {num_steps} steps need {necessary} GFLOP;\n"
-        f"medians and quartiles of {_count(rounds, 'round', 'rounds')}",
+        f"medians and quartiles of {_count(rounds, 'round', 'rounds')}; rate: of matrix products",
         "method",
         ("speed-up", "of\nrate", "GFLOP", "compile\ns", "HLO\nKiB", "temp\nMiB"),
     )

@@ -5,7 +5,7 @@ singular vectors alone. With R = XXᵀ and H = aI + bR + cR² it is X ← HX, R 
 steps can be taken on the small R alone: Q ← QH, and X ← QX at the end of a segment.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dropmuon_jax._checks import check_choice, check_floating
+from dropmuon_jax._checks import check_choice, check_floating, describe
 from dropmuon_jax._orthogonalize._polynomials import (
     Coefficients,
     Polynomials,
-    Row,
     resolve_polynomials,
 )
 from dropmuon_jax._orthogonalize._products import (
@@ -67,9 +66,14 @@ def newton_schulz(
     if dtype is not None:
         dtype = _check_dtype(dtype)
         if dtype == jnp.float16:
-            _check_float16(polynomials.rows)
+            _check_float16(polynomials)
 
     def orthogonalize(x: Array) -> Array:
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(
+                f"newton_schulz orthogonalizes an array, got {describe(x)}. For a tree take "
+                "newton_schulz_lmo."
+            )
         check_floating("the array to orthogonalize", x.dtype)
         if x.ndim < 2:
             raise ValueError(
@@ -164,22 +168,27 @@ def _check_precision(precision: Any) -> jax.lax.Precision | None:
     if precision is None or isinstance(precision, jax.lax.Precision):
         return precision
     known = {level.name.lower(): level for level in jax.lax.Precision}
-    check_choice("precision", precision, known)
-    return known[precision]
+    name = str(precision).lower()
+    check_choice("precision", name, known)
+    return known[name]
 
 
-def _check_float16(rows: Sequence[Row]) -> None:
+def _check_float16(polynomials: Polynomials) -> None:
     """Error if a matrix of the iteration could exceed the largest number of float16."""
-    eigenvalues = np.linspace(0, 1, 4001)
-    q = np.ones_like(eigenvalues)
-    largest = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for a, b, c in rows:
-            h = a + b * eigenvalues + c * eigenvalues**2
-            q, eigenvalues = q * h, eigenvalues * h**2
-            largest = np.max([largest, *(np.abs(y).max() for y in (h, q, eigenvalues))])
-    if not largest < np.finfo(np.float16).max:
+    limit = float(np.finfo(np.float16).max)
+    if polynomials.start == "aol":
         raise ValueError(
-            f"With these coefficients the iteration reaches {largest:.1e}, which overflows in "
-            "float16. Take dtype=jnp.bfloat16 or float32."
+            'start="aol" divides each row of a matrix by its own norm, and one of a small row '
+            "overflows in float16. Take dtype=jnp.bfloat16 or float32, or another start."
         )
+    eigenvalues = np.linspace(0, 1, 4001)
+    for a, b, c in polynomials.rows:
+        with np.errstate(over="ignore", invalid="ignore"):
+            h = a + b * eigenvalues + c * eigenvalues**2
+            eigenvalues = eigenvalues * h**2
+        largest = max(np.abs(h).max(), eigenvalues.max())
+        if not largest < limit:
+            raise ValueError(
+                f"With these coefficients the iteration reaches {largest:.1e}, which overflows in "
+                "float16. Take dtype=jnp.bfloat16 or float32."
+            )

@@ -1,9 +1,11 @@
 """Odd polynomials p(x) = ax + bx³ + cx⁵ that drive the singular values in (0, 1] towards 1."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dropmuon_jax._checks import check_choice, check_nonnegative, check_positive, static_int
@@ -111,11 +113,16 @@ def resolve_polynomials(
             rows=(polynomials.rows + repeated)[:num_steps],
             start=start or polynomials.start,
         )
-    rows = np.asarray(coefficients, dtype=np.float64)
+    if isinstance(coefficients, jax.Array):
+        raise TypeError(
+            "coefficients are static: a name or rows (a, b, c) of Python numbers, got a jax array. "
+            "To orthogonalize an array, call what newton_schulz returns: dm.newton_schulz()(x)."
+        )
+    rows = _as_array(coefficients)
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != 3 or not np.isfinite(rows).all():
         raise ValueError(
-            "coefficients must be a name or finite rows (a, b, c), one for each step, "
-            f"got an array of shape {rows.shape}. For one polynomial in every step write "
+            "coefficients must be a name or rows of three finite numbers (a, b, c), one for each "
+            f"step, got {reprlib.repr(coefficients)}. For one polynomial in every step write "
             "[(a, b, c)] * num_steps."
         )
     if num_steps is not None and num_steps != len(rows):
@@ -125,6 +132,14 @@ def resolve_polynomials(
         )
     own = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     return Polynomials(own, start=start or "frobenius")
+
+
+def _as_array(coefficients: Sequence[Sequence[float]]) -> np.ndarray:
+    """The rows as an array; an empty one for what is none."""
+    try:
+        return np.array(coefficients, dtype=float)
+    except (TypeError, ValueError):  # words, or rows of different lengths
+        return np.empty(0)
 
 
 def polar_express_coefficients(
@@ -143,7 +158,8 @@ def polar_express_coefficients(
     Args:
         num_steps: Number of rows, at least 1.
         smallest: The smallest singular value to care for, as a part of the matrix's norm, in
-            (0, 1). Smaller ones end below the others.
+            (0, 1). Smaller ones end below the others. (By ‖M‖_F, the smallest of a matrix of
+            condition 100 is at most 0.01; from `start="schatten"` it is larger.)
         cushion: The interval of a row begins at this part of its end at least, in [0, 1). Without
             one, a row takes some of the largest singular values to the smallest, where rounding
             rotates them: with five rows in float32 up to 0.14 of a singular vector was lost, and
@@ -153,7 +169,8 @@ def polar_express_coefficients(
             named sets are eased by themselves.
 
     Returns:
-        Rows to give to :func:`newton_schulz_lmo` as `coefficients`.
+        Rows to give to :func:`newton_schulz_lmo` as `coefficients`, best with
+        `start="schatten"`.
 
     Raises:
         ValueError: If an argument is out of its range.

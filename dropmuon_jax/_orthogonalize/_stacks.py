@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dropmuon_jax._checks import describe
+
 Stack = Float[Array, "batch rows cols"]
 
 # 256 MiB. On a CPU the speed does not depend on it: measured within 10 % from 32 MiB to 1 GiB.
@@ -49,6 +51,11 @@ def _checked(function: Callable[[Stack], Stack]) -> Callable[[Stack], Stack]:
 
     def checked(stack: Stack) -> Stack:
         result = function(stack)
+        if not isinstance(result, jax.Array):
+            raise TypeError(
+                "The orthogonalize function must return an array of the shape it is given, "
+                f"{list(stack.shape)}, and returned {describe(result)}."
+            )
         if result.shape != stack.shape or result.dtype != stack.dtype:
             raise ValueError(
                 f"The orthogonalize function was given {stack.dtype.name}{list(stack.shape)} and "
@@ -71,7 +78,7 @@ def _transposed_if_tall(stack: Stack, shape: Sequence[int]) -> Stack:
 
 def _slice_size(count: int, shape: Sequence[int], dtype: np.dtype, memory_limit: int) -> int:
     """How many matrices pass at once: as many as there is memory for, with the least padding."""
-    largest = min(count, max(1, memory_limit // max(1, working_bytes(shape, dtype))))
+    largest = max(1, min(count, memory_limit // max(1, working_bytes(shape, dtype))))
     return min(range(largest, largest // 2, -1), key=lambda size: -(-count // size) * size)
 
 
