@@ -170,6 +170,13 @@ def test_each_row_leaves_an_interval_around_one(smallest, num_steps):
         assert low + high == pytest.approx(2, abs=1e-6)
 
 
+def test_five_rows_are_steep_at_the_end_of_their_interval():
+    """Why X is divided by a little more than one before each step in float32 too."""
+    rows, step = dm.polar_express_coefficients(5), 1e-8
+    slope = (composed(rows, 1 + step) - composed(rows, 1.0)) / step
+    assert slope == pytest.approx(68_000, rel=0.02)
+
+
 def test_easing_divides_before_each_step():
     plain, eased = (dm.polar_express_coefficients(2, ease=ease) for ease in (1.0, 1.25))
     x = 0.3

@@ -1,7 +1,7 @@
 """The methods that are compared: each orthogonalizes a whole list of updates, without momentum."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,7 @@ MethodName = Literal[
     "polar_express_7",
     "svd",
 ]
-METHODS: tuple[MethodName, ...] = (
-    "optax_muon",
-    "newton_schulz",
-    "newton_schulz_muon",
-    "newton_schulz_dion",
-    "newton_schulz_bf16",
-    "turbo_muon",
-    "polar_express_7",
-    "svd",
-)
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 REFERENCE: MethodName = "optax_muon"  # whom time and error are against
 DEFAULT: MethodName = "newton_schulz"  # this package as it comes: the targets are its
 # They multiply the same matrices as the default, whatever they multiply them with.
