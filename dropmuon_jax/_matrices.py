@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import check_floating, did_you_mean
+from dropmuon_jax._checks import check_choice, check_floating, did_you_mean
 from dropmuon_jax._layers import compile_pattern, leaf_paths
 
-DimensionNumbers = MuonDimensionNumbers | Mapping[str, MuonDimensionNumbers]
+LeafNumbers = MuonDimensionNumbers | Literal["conv"]
+DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
 
 
 class MatrixAxes(NamedTuple):
@@ -22,10 +23,48 @@ class MatrixAxes(NamedTuple):
     """Of the leaf."""
     fan_in: tuple[int, ...]
     fan_out: tuple[int, ...]
+    window: tuple[int, ...] = ()
+    """Those of the fan-in axes that a convolution slides over."""
 
 
-def matrix_axes(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[MatrixAxes]:
+class MatrixShape(NamedTuple):
+    """What the size of a ball may depend on."""
+
+    fan_in: int
+    """Of a convolution the window included."""
+    fan_out: int
+    window: int = 1
+    """Entries of a convolution's window: height · width."""
+
+
+def check_dimension_numbers(dimension_numbers: Any) -> None:
+    """Error unless the argument is dimension numbers, a mapping to them, or None."""
+    if not isinstance(dimension_numbers, MuonDimensionNumbers | Mapping | None | str):
+        raise TypeError(
+            "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'conv', or a mapping "
+            f"from path patterns to them, got {dimension_numbers!r}."
+        )
+    if isinstance(dimension_numbers, str):
+        check_choice("dimension_numbers", dimension_numbers, ["conv"])
+
+
+def vector_axes(tree: Any) -> list[MatrixAxes]:
+    """Each leaf as one vector: a matrix of fan-in 1."""
+    return [
+        MatrixAxes(path, (), tuple(range(leaf.ndim)))
+        for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+    ]
+
+
+def matrix_axes(
+    tree: Any, dimension_numbers: DimensionNumbers | None, *, vectors: bool = False
+) -> list[MatrixAxes]:
     """The axes of each leaf, in the order of the leaves.
+
+    Args:
+        tree: Of arrays.
+        dimension_numbers: Those of all leaves, or by pattern; "conv" is (*window, in, out).
+        vectors: Whether leaves of fewer than two axes are allowed, as matrices of fan-in 1.
 
     Raises:
         ValueError: For a leaf that is no matrix, naming its path, and for a pattern of the mapping
@@ -33,21 +72,23 @@ def matrix_axes(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[M
     """
     leaves = jax.tree.leaves(tree)
     paths = leaf_paths(tree)
-    numbers: list[MuonDimensionNumbers | None]
+    numbers: list[LeafNumbers | None]
     if isinstance(dimension_numbers, Mapping):
         numbers = _match_patterns(paths, dimension_numbers)
     else:
         numbers = [dimension_numbers] * len(paths)
     return [
-        _leaf_axes(path, leaf, spec)
+        MatrixAxes(path, (), tuple(range(leaf.ndim)))
+        if vectors and leaf.ndim < 2
+        else _leaf_axes(path, leaf, spec)
         for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
     ]
 
 
 def _match_patterns(
-    paths: list[str], mapping: Mapping[str, MuonDimensionNumbers]
-) -> list[MuonDimensionNumbers | None]:
-    numbers: list[MuonDimensionNumbers | None] = [None] * len(paths)
+    paths: list[str], mapping: Mapping[str, LeafNumbers]
+) -> list[LeafNumbers | None]:
+    numbers: list[LeafNumbers | None] = [None] * len(paths)
     for pattern, spec in mapping.items():
         expression = compile_pattern(pattern)
         hits = [i for i, path in enumerate(paths) if expression.search(path)]
@@ -63,7 +104,7 @@ def _match_patterns(
     return numbers
 
 
-def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> MatrixAxes:
+def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None) -> MatrixAxes:
     check_floating(f"leaf '{path}'", leaf.dtype)
     shape, ndim = leaf.shape, leaf.ndim
     if ndim < 2:
@@ -71,16 +112,18 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> Matri
             f"An LMO of matrices needs matrices, and leaf '{path}' has shape {shape}. Give vectors "
             "and scalars a chain of their own with dm.chain_subtrees."
         )
-    if spec is None:
-        if ndim not in (2, 4):
+    if spec is None or isinstance(spec, str):
+        check_choice(f"dimension_numbers of leaf '{path}'", spec or "conv", ["conv"])
+        if spec is None and ndim not in (2, 4):
             raise ValueError(
                 f"An LMO of matrices cannot tell which axes of leaf '{path}', of shape {shape}, "
                 f"are fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
-                "may be a pattern such as 'query/kernel'; axes in neither are batch axes. In "
-                "dm.drop_muon, give lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
+                "may be a pattern such as 'query/kernel' and axes in neither are batch axes, or, "
+                "for a convolution, with 'conv'. In dm.drop_muon, give "
+                "lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
             )
-        return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,))
+        return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,), tuple(range(ndim - 2)))
     if not isinstance(spec, MuonDimensionNumbers):
         raise TypeError(
             f"dimension_numbers of leaf '{path}' must be an optax.contrib.MuonDimensionNumbers, "
@@ -102,12 +145,9 @@ def _leaf_axes(path: str, leaf: Any, spec: MuonDimensionNumbers | None) -> Matri
     return MatrixAxes(path, axes[0], axes[1])
 
 
-def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> tuple[int, int]:
-    """Fan-in and fan-out."""
-    return (
-        math.prod(leaf.shape[axis] for axis in axes.fan_in),
-        math.prod(leaf.shape[axis] for axis in axes.fan_out),
-    )
+def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> MatrixShape:
+    """Fan-in, fan-out and window of each matrix of a leaf."""
+    return MatrixShape(*(math.prod(leaf.shape[axis] for axis in group) for group in axes[1:]))
 
 
 def to_matrices(
@@ -122,4 +162,4 @@ def to_matrices(
     def restore(matrices: jax.Array) -> jax.Array:
         return matrices.reshape(moved.shape).transpose(np.argsort(order))
 
-    return moved.reshape(size, *matrix_shape(leaf, axes)), restore
+    return moved.reshape(size, *matrix_shape(leaf, axes)[:2]), restore

@@ -16,10 +16,12 @@ class MomentumState(NamedTuple):
 
     momentum: optax.Updates
     """M, with the structure of the parameters, as of the last step in which a leaf was active."""
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """All steps, for a schedule of the decay."""
 
 
 def momentum(
-    decay: float | jax.Array = 0.9, *, nesterov: bool = False, dtype: Any = None
+    decay: float | jax.Array | optax.Schedule = 0.9, *, nesterov: bool = False, dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradients of active layers by their exponential moving average.
 
@@ -31,8 +33,9 @@ def momentum(
     both terms, by different factors, so that first steps differ. The gradient's sign is kept.
 
     Args:
-        decay: The weight of the past, in [0, 1), a number or a scalar array. The paper's β, the
-            weight of the new gradient, is 1 - decay.
+        decay: The weight of the past, in [0, 1): a number, a scalar array or a schedule of it over
+            all steps, such as :func:`gluon_decay`. The paper's β, the weight of the new gradient,
+            is 1 - decay.
         nesterov: Whether to look one step ahead. Static.
         dtype: The dtype in which M is stored, by default the parameter's. The average is taken in
             float32 at least.
@@ -59,24 +62,27 @@ def momentum(
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1 (the average; Nesterov's form is Muon's).
     """
-    check_decay("decay", decay)
+    if not callable(decay):
+        check_decay("decay", decay)
     if dtype is not None:
         check_floating("dtype", dtype)
 
     def init_fn(params: optax.Params) -> MomentumState:
         return MomentumState(
-            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
+            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params),
+            jnp.zeros((), jnp.int32),
         )
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         del params
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        weight_of_past = decay(state.count) if callable(decay) else decay
 
         def average(m, g):
             wide = np.promote_types(
                 np.promote_types(m.dtype, np.float32), np.promote_types(g.dtype, np.float32)
             )
-            weight = jnp.asarray(decay, wide)
+            weight = jnp.asarray(weight_of_past, wide)
             return weight * m.astype(wide) + (1 - weight) * g.astype(wide)
 
         def look_ahead(g, m):
@@ -85,6 +91,27 @@ def momentum(
         new = advance_active(average, layer_mask, state.momentum, updates)
         updates = map_active(look_ahead, layer_mask, updates, new)
         stored = advance_active(lambda m, old: m.astype(old.dtype), layer_mask, new, state.momentum)
-        return updates, MomentumState(stored)
+        return updates, MomentumState(stored, jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gluon_decay() -> optax.Schedule:
+    """Gluon's decay of the momentum for stochastic gradients: 1 - (k + 1)^-½ in step k.
+
+    The first momentum is the first gradient, and the past weighs more and more.
+
+    Returns:
+        A schedule for :func:`momentum`.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> decay = dm.gluon_decay()
+        >>> print(decay(0), decay(3), decay(99))
+        0.0 0.5 0.9
+
+    References:
+        Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
+        :func:`gluon_radius`.
+    """
+    return lambda count: 1 - (count + 1) ** -0.5

@@ -533,7 +533,7 @@ LMO_ERRORS = [
         "dimension_numbers_that_are_none",
         lambda: init_lmo((2, 3, 4), (1, 2)),
         TypeError,
-        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers or a mapping",
+        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'conv', or a mapping",
         "(1, 2)",
     ),
     error("radius_zero", lambda: dm.newton_schulz_lmo(0.0), ValueError, "radius must be positive"),
@@ -898,7 +898,7 @@ LMO_ERRORS = [
         "shape_factor_unknown",
         lambda: dm.newton_schulz_lmo(shape_factor="moonligth"),
         ValueError,
-        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'spectral']",
+        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'scion', 'spectral']",
         "Did you mean 'moonlight'?",
     ),
 ]

@@ -1,6 +1,6 @@
 """The polar factor UVᵀ of a matrix UΣVᵀ: polynomials, the iteration, many leaves at once."""
 
-from dropmuon_jax._orthogonalize._newton_schulz import newton_schulz
+from dropmuon_jax._orthogonalize._newton_schulz import Orthogonalize, newton_schulz
 from dropmuon_jax._orthogonalize._polynomials import Coefficients, polar_express_coefficients
 from dropmuon_jax._orthogonalize._stacks import DEFAULT_MEMORY_LIMIT, map_stacks, working_bytes
 from dropmuon_jax._orthogonalize._svd import svd_polar_factor
@@ -8,6 +8,7 @@ from dropmuon_jax._orthogonalize._svd import svd_polar_factor
 __all__ = [
     "DEFAULT_MEMORY_LIMIT",
     "Coefficients",
+    "Orthogonalize",
     "map_stacks",
     "newton_schulz",
     "polar_express_coefficients",

@@ -16,7 +16,9 @@ DEFAULT_MEMORY_LIMIT = 2**28
 
 
 def map_stacks(
-    function: Callable[[Stack], Stack], stacks: Sequence[Stack], memory_limit: int
+    function: Callable[[Stack], Stack],
+    stacks: Sequence[Stack],
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> list[Stack]:
     """`function` of every matrix of every stack.
 

@@ -1,0 +1,139 @@
+"""The plain norms: of a stack of matrices the norm, the dual norm and the direction of each.
+
+A matrix is (fan-in, fan-out), as a Flax kernel: the papers' Wᵀ. A direction D(G) is the element of
+the unit ball with the largest ⟨G, D⟩, which is then ‖G‖*; of a zero matrix it is zero.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dropmuon_jax._orthogonalize import Orthogonalize, map_stacks, svd_polar_factor
+
+Stack = Float[Array, "batch fan_in fan_out"]
+Numbers = Float[Array, " batch"]
+BOTH = (-2, -1)
+
+
+class Geometry(NamedTuple):
+    """A norm of matrices without its shape factor."""
+
+    norm: Callable[[Stack], Numbers]
+    dual_norm: Callable[[Stack], Numbers]
+    direction: Callable[[Stack], Stack]
+    draw: Callable[[PRNGKeyArray, tuple[int, int], jnp.dtype], Array]
+    """A random matrix of norm 1."""
+    orthogonalize: Orthogonalize | None = None
+    """What `direction` is made of, where it takes many matrices at once."""
+
+
+def spectral(orthogonalize: Orthogonalize | None) -> Geometry:
+    """‖X‖ = σ₁, ‖G‖* = Σσ, D = UVᵀ, exact or by a kernel that approximates UVᵀ."""
+
+    def direction(g: Stack) -> Stack:
+        return map_stacks(orthogonalize or svd_polar_factor, [g])[0]
+
+    def dual_norm(g: Stack) -> Numbers:
+        return inner(g, direction(g)) if orthogonalize else _singular_values(g).sum(-1)
+
+    return Geometry(
+        largest_singular_value,
+        dual_norm,
+        direction,
+        jax.nn.initializers.orthogonal(),
+        orthogonalize or svd_polar_factor,
+    )
+
+
+def _first_singular_pair(g: Stack) -> Stack:
+    u, s, vt = jnp.linalg.svd(g, full_matrices=False)
+    return jnp.where(s[..., :1, None] == 0, 0, u[..., :, :1] * vt[..., :1, :])
+
+
+def _draw_rank_one(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+    left, right = jax.random.split(key)
+    column = _unit(jax.random.normal(left, (shape[0], 1), dtype), BOTH)
+    return column * _unit(jax.random.normal(right, (1, shape[1]), dtype), BOTH)
+
+
+def _draw_signs(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+    return jax.random.rademacher(key, shape).astype(dtype)
+
+
+def _draw_unit(axes: int | tuple[int, int]) -> Callable[..., Array]:
+    return lambda key, shape, dtype: _unit(jax.random.normal(key, shape, dtype), axes)
+
+
+# ‖X‖ = Σσ, ‖G‖* = σ₁, D = u₁v₁ᵀ.
+NUCLEAR = Geometry(
+    lambda x: _singular_values(x).sum(-1),
+    lambda g: largest_singular_value(g),
+    _first_singular_pair,
+    _draw_rank_one,
+)
+# ‖X‖ = max |x|, ‖G‖* = Σ |g|, D = sign(G).
+MAXIMUM = Geometry(
+    lambda x: jnp.max(jnp.abs(x), BOTH, initial=0),
+    lambda g: jnp.sum(jnp.abs(g), BOTH),
+    jnp.sign,
+    _draw_signs,
+)
+# A vector for each input, a column of the papers' W: ‖X‖ = max ‖x‖₂, ‖G‖* = Σ ‖g‖₂, D = g/‖g‖₂.
+COLUMNS = Geometry(
+    lambda x: jnp.max(_length(x, -1), -1, initial=0),
+    lambda g: jnp.sum(_length(g, -1), -1),
+    lambda g: _unit(g, -1),
+    _draw_unit(-1),
+)
+# The same with a vector for each output, a row of the papers' W.
+ROWS = Geometry(
+    lambda x: jnp.max(_length(x, -2), -1, initial=0),
+    lambda g: jnp.sum(_length(g, -2), -1),
+    lambda g: _unit(g, -2),
+    _draw_unit(-2),
+)
+# ‖X‖ = ‖X‖* = ‖X‖₂ of all entries, D = G/‖G‖₂.
+EUCLIDEAN = Geometry(
+    lambda x: _length(x, BOTH),
+    lambda g: _length(g, BOTH),
+    lambda g: _unit(g, BOTH),
+    _draw_unit(BOTH),
+)
+
+
+def inner(x: Stack, y: Stack) -> Numbers:
+    """⟨X, Y⟩ of each pair of matrices."""
+    return jnp.sum(x * y, BOTH)
+
+
+def largest_singular_value(x: Stack) -> Numbers:
+    """σ₁, from the smaller Gram matrix: as accurate as an SVD for the largest, and cheaper."""
+    largest = jnp.max(jnp.abs(x), BOTH, keepdims=True, initial=0)
+    y = x / jnp.where(largest == 0, 1, largest)  # entries up to 1, whose squares are numbers
+    y = y if x.shape[-2] <= x.shape[-1] else y.mT
+    if y.shape[-2] == 0:
+        return jnp.zeros(len(x), x.dtype)
+    gram = jnp.matmul(y, y.mT, precision="highest")
+    eigenvalues = jnp.linalg.eigvalsh(gram)[..., -1]
+    return largest[..., 0, 0] * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+
+
+def _singular_values(x: Stack) -> Array:
+    return jnp.linalg.svd(x, compute_uv=False)
+
+
+def _length(x: Stack, axes: int | tuple[int, int]) -> Array:
+    """‖x‖₂ along axes, of numbers of any size."""
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    y = x / jnp.where(largest == 0, 1, largest)
+    return jnp.squeeze(largest, axes) * jnp.sqrt(jnp.sum(y**2, axes))
+
+
+def _unit(x: Stack, axes: int | tuple[int, int]) -> Stack:
+    """x/‖x‖₂ along axes, of numbers of any size; zero of zero."""
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    y = x / jnp.where(largest == 0, 1, largest)
+    return y / jnp.where(largest == 0, 1, jnp.sqrt(jnp.sum(y**2, axes, keepdims=True)))

@@ -1,0 +1,184 @@
+"""How far a step goes: the radius of each leaf's ball, fixed, scheduled or from the dual norm."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dropmuon_jax._checks import check_nonnegative, check_positive, did_you_mean, is_python_number
+from dropmuon_jax._layers import compile_pattern, leaf_paths
+
+
+class AdaptiveRadius(NamedTuple):
+    """What :func:`adaptive_radius` makes."""
+
+    l0: float | Array
+    l1: float | Array
+
+
+LeafRadius = float | Array | optax.Schedule | AdaptiveRadius
+Radius = LeafRadius | Mapping[str, LeafRadius]
+
+
+def adaptive_radius(l0: float | Array, l1: float | Array = 0.0) -> AdaptiveRadius:
+    r"""The radius of Gluon for a layer of known smoothness: give it as `radius` of an LMO.
+
+    .. math::
+        t = \frac{\|M\|_*}{L^0 + L^1 \|M\|_*}
+
+    with the layer's own dual norm, which costs one inner product. It minimises the bound
+    :math:`f(X) - t\|M\|_* + \tfrac{t^2}{2}(L^0 + L^1\|M\|_*)` for M = ∇f(X). With L¹ = 0 it is the
+    sharp form with step size 1/L⁰; with L⁰ = 0 the constant radius 1/L¹. Behind it belongs a
+    learning rate of 1.
+
+    Args:
+        l0: L⁰, at least 0, in the units ‖gradient‖* / ‖parameter‖.
+        l1: L¹, at least 0, in the units 1 / ‖parameter‖. One of the two is positive.
+
+    Returns:
+        What the argument `radius` of :func:`norm_lmo` and its family takes, for all leaves or, in a
+        mapping, by path pattern. :func:`fit_smoothness` estimates the constants.
+
+    Raises:
+        ValueError: If a Python number is negative, or both are zero.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> tx = dm.sign_lmo(dm.adaptive_radius(l0=2.0, l1=1.0), normalized=False)
+        >>> grads = {"w": jnp.array([5.0, -1.0])}  # dual norm 6, so t = 6 / (2 + 6)
+        >>> updates, _ = tx.update(grads, tx.init(grads))
+        >>> print(updates["w"])
+        [ 0.75 -0.75]
+
+    References:
+        Riabinin et al., *Gluon: Making Muon & Scion Great Again!*, 2025, arXiv:2505.13416,
+        Theorem 1, for exact gradients; with momentum in the place of the gradient it is a
+        heuristic.
+    """
+    check_nonnegative("l0", l0)
+    check_nonnegative("l1", l1)
+    if is_python_number(l0) and is_python_number(l1) and l0 == 0 and l1 == 0:
+        raise ValueError("l0 and l1 are both 0, which makes the radius infinite: give one of them.")
+    return AdaptiveRadius(l0, l1)
+
+
+def gluon_radius(radius: float | Array) -> optax.Schedule:
+    """Gluon's radius for stochastic gradients: radius · (k + 1)^(-3/4) in step k.
+
+    Args:
+        radius: That of the first step, positive.
+
+    Returns:
+        A schedule, for an LMO's `radius` or for a learning rate.
+
+    Raises:
+        ValueError: If `radius` is a Python number that is not positive.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> schedule = dm.gluon_radius(0.8)
+        >>> print(schedule(0), schedule(15))
+        0.8 0.1
+
+    References:
+        Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
+        :func:`gluon_decay` for the momentum.
+    """
+    check_positive("radius", radius)
+    return lambda count: radius * (count + 1) ** -0.75
+
+
+def check_radius(name: str, radius: Any) -> None:
+    """Error unless a radius is positive, a schedule, adaptive, or a mapping to such."""
+    if isinstance(radius, Mapping):
+        if not radius:
+            raise ValueError(
+                f"{name} is an empty mapping; give a number, or a pattern for each leaf."
+            )
+        for pattern, of_leaf in radius.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"{name} maps path patterns, which are strings, to numbers; got the key "
+                    f"{pattern!r}."
+                )
+            if isinstance(of_leaf, Mapping):
+                raise TypeError(
+                    f"{name}[{pattern!r}] is a mapping again; write one pattern of both."
+                )
+            check_radius(f"{name}[{pattern!r}]", of_leaf)
+    elif not isinstance(radius, AdaptiveRadius) and not callable(radius):
+        check_positive(name, radius)
+
+
+def leaf_radii(name: str, radius: Radius, tree: Any) -> list[LeafRadius]:
+    """The radius of each leaf, in order.
+
+    Raises:
+        ValueError: For a pattern that matches no leaf, here or in another chain of the tree, and
+            for a leaf that matches none or two.
+    """
+    paths = leaf_paths(tree)
+    if not isinstance(radius, Mapping):
+        return [radius] * len(paths)
+    if not paths:  # a placeholder of Optax's, or an empty subtree
+        return []
+    elsewhere = _masked_paths(tree)
+    radii: dict[str, tuple[str, LeafRadius]] = {}
+    for pattern, of_leaf in radius.items():
+        expression = compile_pattern(pattern)
+        hits = [path for path in paths if expression.search(path)]
+        if not hits and not any(map(expression.search, elsewhere)):
+            raise ValueError(
+                f"{name}: pattern '{pattern}' matches no leaf of {paths}."
+                f"{did_you_mean(pattern, paths)}"
+            )
+        for path in hits:
+            if path in radii:
+                raise ValueError(
+                    f"{name}: leaf '{path}' matches both '{radii[path][0]}' and '{pattern}'."
+                )
+            radii[path] = pattern, of_leaf
+    missing = [path for path in paths if path not in radii]
+    if missing:
+        raise ValueError(
+            f"{name} has no pattern for {missing[:3]}: every leaf needs one. The patterns are "
+            f"{list(radius)}."
+        )
+    return [radii[path][1] for path in paths]
+
+
+def distinct_radii(radius: Radius) -> list[LeafRadius]:
+    """What a mapping maps to, or the one radius of all leaves."""
+    return list(radius.values()) if isinstance(radius, Mapping) else [radius]
+
+
+def step_length(
+    radius: LeafRadius, count: Array | None, dual_norm: Callable[[], Float[Array, " batch"]]
+) -> Array:
+    """The length of the step: one number, or one for each matrix of the leaf."""
+    if isinstance(radius, AdaptiveRadius):
+        dual = dual_norm()
+        bound = jnp.asarray(radius.l0, dual.dtype) + jnp.asarray(radius.l1, dual.dtype) * dual
+        # Of a zero gradient the step is zero, also where L⁰ is.
+        return dual / jnp.where(dual == 0, 1, bound)
+    if callable(radius):
+        assert count is not None  # the state of a schedule
+        return jnp.asarray(radius(count))
+    return jnp.asarray(radius)
+
+
+def _masked_paths(tree: Any) -> list[str]:
+    """The paths of what `chain_subtrees` has sent through another chain."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, node in nodes
+        if is_masked(node)
+    ]
