@@ -1,6 +1,7 @@
 """Muon-like optimizers that skip layers and their backward pass, as Optax transformations."""
 
 from dropmuon_jax._backprop import masked_value_and_grad, switch_depth
+from dropmuon_jax._labels import ROLES, matrix_labels, role_labels, role_table
 from dropmuon_jax._layers import Layers, layers_by_path, trace_layers
 from dropmuon_jax._lmo import (
     RadiusState,
@@ -35,7 +36,18 @@ from dropmuon_jax._norms import (
     sign_norm,
     spectral_norm,
 )
-from dropmuon_jax._optimizers import drop_muon, muon
+from dropmuon_jax._optimizers import (
+    ROLE_NORMS,
+    SCION_CNN_RADII,
+    SCION_GPT_RADII,
+    drop_gluon,
+    drop_muon,
+    drop_scion,
+    gluon,
+    muon,
+    scion,
+    scion_init,
+)
 from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
 from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius, gluon_radius
 from dropmuon_jax._sampling import (
@@ -51,9 +63,13 @@ from dropmuon_jax._sampling import (
     layer_mask_sampler,
     uniform_depth,
 )
-from dropmuon_jax._subtrees import PerLayerState, chain_subtrees, matrix_labels, per_layer
+from dropmuon_jax._subtrees import PerLayerState, chain_subtrees, per_layer
 
 __all__ = [
+    "ROLES",
+    "ROLE_NORMS",
+    "SCION_CNN_RADII",
+    "SCION_GPT_RADII",
     "AdaptiveRadius",
     "Geometry",
     "LayerDistribution",
@@ -70,7 +86,9 @@ __all__ = [
     "column_norm",
     "column_sharp",
     "depth_subsets",
+    "drop_gluon",
     "drop_muon",
+    "drop_scion",
     "epoch_shift_depth",
     "euclidean_lmo",
     "euclidean_norm",
@@ -78,6 +96,7 @@ __all__ = [
     "fixed_depth",
     "fixed_size_subsets",
     "full_depth",
+    "gluon",
     "gluon_decay",
     "gluon_radius",
     "independent_layers",
@@ -98,9 +117,13 @@ __all__ = [
     "rms_lmo",
     "rms_norm",
     "rms_sharp",
+    "role_labels",
+    "role_table",
     "row_lmo",
     "row_norm",
     "row_sharp",
+    "scion",
+    "scion_init",
     "sign_lmo",
     "sign_norm",
     "sign_sharp",

@@ -1,13 +1,11 @@
 """One chain for each subtree of the parameters, and Optax's own transformations frozen by layer."""
 
 import functools
-import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dropmuon_jax._checks import check_transformation, did_you_mean
@@ -78,45 +76,6 @@ def chain_subtrees(
         return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls"}
-
-
-def matrix_labels(params: Any) -> Any:
-    """Labels for :func:`chain_subtrees`: "matrix" for what Muon is meant for, else "other".
-
-    A leaf is "other" if it
-
-    * has fewer than two axes,
-    * is called `bias` or `scale`, of however many axes: the biases of attention heads and the
-      norms of scanned layers are stacked vectors, or
-    * has a word of a path component (`Embed_0`, `pos_embedding`, `tok_embeddings`) among `embed`,
-      `embedding`, `embeddings`, `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case:
-      rows of a table are looked up or added, not multiplied.
-
-    Everything else is "matrix". Print the labels once before a long run; to decide otherwise,
-    change the returned tree or write your own.
-
-    Args:
-        params: The parameters: any pytree of arrays or of `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        A tree of strings with the structure of the parameters.
-
-    Examples:
-        >>> import jax.numpy as jnp, dropmuon_jax as dm
-        >>> dm.matrix_labels({"Embed_0": jnp.zeros((9, 4)), "w": jnp.eye(4), "b": jnp.zeros(4)})
-        {'Embed_0': 'other', 'b': 'other', 'w': 'matrix'}
-    """
-
-    def label(path: str, leaf: Any) -> str:
-        words = set(re.split(r"[/_.]", path.lower()))
-        vector = len(np.shape(leaf)) < 2 or path.rsplit("/", 1)[-1] in ("bias", "scale")
-        return "other" if vector or not words.isdisjoint(_TABLES) else "matrix"
-
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten(map(label, leaf_paths(params), leaves))
 
 
 class PerLayerState(NamedTuple):

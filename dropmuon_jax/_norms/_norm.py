@@ -101,14 +101,20 @@ class Norm:
         its length for the others, times the shape factor. See :meth:`initializer`.
         """
         check_floating("dtype", dtype)
-        abstract: Any = jax.ShapeDtypeStruct(tuple(shape), dtype)
-        (axes,) = self.axes(abstract, "conv" if len(shape) > 2 else None)
+        leaf = jnp.zeros(shape, dtype)
+        (axes,) = self.axes(leaf, "conv" if len(shape) > 2 else None)
+        return self.init_leaf(key, leaf, axes)
+
+    def init_leaf(self, key: PRNGKeyArray, leaf: Array, axes: MatrixAxes) -> Array:
+        """As `init`, of an array with these axes: each matrix of a batch has norm 1."""
         if self.starts_at_zero:
-            return jnp.zeros(shape, dtype)
-        sizes = matrix_shape(abstract, axes)
-        wide = np.promote_types(dtype, np.float32)
-        drawn = self.geometry.draw(key, sizes[:2], wide) * self.factor(sizes)
-        return drawn.reshape(shape).astype(dtype)
+            return jnp.zeros_like(leaf)
+        stack, restore = to_matrices(leaf, axes)
+        sizes = matrix_shape(leaf, axes)
+        wide = np.promote_types(leaf.dtype, np.float32)
+        keys = jax.random.split(key, len(stack))
+        drawn = jnp.stack([self.geometry.draw(key, sizes[:2], wide) for key in keys])
+        return restore(drawn * self.factor(sizes)).astype(leaf.dtype)
 
     def initializer(self, radius: float = 1.0) -> Callable[..., Array]:
         """`init` times the radius, a point on the boundary, for `nn.Dense(kernel_init=…)`."""

@@ -28,6 +28,8 @@ SHAPE_FACTORS: dict[str, Callable[[MatrixShape], float]] = SPECTRAL_FACTORS | {
     "one": lambda shape: 1.0,
     # Pethick et al., 2025: the sign of an output layer, a column, a row, a bias.
     "1/fan_in": lambda shape: 1 / shape.fan_in,
+    # The same of a tied embedding (tokens, features), whose fan-in as an output layer is features.
+    "1/fan_out": lambda shape: 1 / shape.fan_out,
     "sqrt(fan_out)": lambda shape: math.sqrt(shape.fan_out),
     "1/sqrt(fan_in)": lambda shape: 1 / math.sqrt(shape.fan_in),
     "sqrt(size)": lambda shape: math.sqrt(shape.fan_in * shape.fan_out),

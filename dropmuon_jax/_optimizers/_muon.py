@@ -1,23 +1,18 @@
-"""Ready-made optimizers: compositions of the transformations of this package, no arithmetic."""
+"""Muon, and Drop-Muon."""
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from dropmuon_jax import _momentum
-from dropmuon_jax._checks import (
-    check_extra_args,
-    check_nonnegative,
-    check_transformation,
-    is_python_number,
-)
+from dropmuon_jax._checks import check_nonnegative, is_python_number
+from dropmuon_jax._labels import matrix_labels
 from dropmuon_jax._layers import Layers
 from dropmuon_jax._lmo import newton_schulz_lmo
+from dropmuon_jax._optimizers._composition import check_direction, check_rate, every_layer
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
-from dropmuon_jax._subtrees import chain_subtrees, matrix_labels, per_layer
+from dropmuon_jax._subtrees import chain_subtrees, per_layer
 
 
 def drop_muon(
@@ -152,7 +147,7 @@ def muon(
     References:
         Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
     """
-    init, update = _muon_subtrees(
+    subtrees = _muon_subtrees(
         learning_rate,
         momentum=momentum,
         lmo=lmo,
@@ -162,14 +157,7 @@ def muon(
         labels=labels,
         freeze=optax.with_extra_args_support,
     )
-
-    def update_all_layers(updates, state, params=None, **extra_args):
-        if extra_args.get("layer_mask") is not None:
-            raise TypeError("muon updates every layer and takes no layer_mask; use drop_muon.")
-        check_extra_args(extra_args)
-        return update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update_all_layers)
+    return every_layer("muon", subtrees)
 
 
 def _muon_subtrees(
@@ -186,15 +174,14 @@ def _muon_subtrees(
     """The chain of the matrices and the chain of everything else."""
     for name, given in (("momentum", momentum), ("lmo", lmo), ("auxiliary", auxiliary)):
         if given is not None:
-            _check_direction(name, given)
+            check_direction(name, given)
     if auxiliary_learning_rate is None:
         auxiliary_learning_rate = learning_rate
     for name, rate in (
         ("learning_rate", learning_rate),
         ("auxiliary_learning_rate", auxiliary_learning_rate),
     ):
-        if not callable(rate):
-            check_nonnegative(name, rate)
+        check_rate(name, rate)
     check_nonnegative("weight_decay", weight_decay)
     no_decay = is_python_number(weight_decay) and weight_decay == 0
 
@@ -211,21 +198,3 @@ def _muon_subtrees(
     return chain_subtrees(
         {"matrix": matrices, "other": others}, matrix_labels if labels is None else labels
     )
-
-
-def _check_direction(name: str, transformation: optax.GradientTransformation) -> None:
-    """Error for a transformation that turns the gradient's sign, such as a whole optimizer."""
-    check_transformation(name, transformation)
-    probe = {"probe": jnp.ones((2, 2))}
-    try:
-        with jax.ensure_compile_time_eval():
-            update: Any = transformation.update(probe, transformation.init(probe), probe)[0]
-            descends = bool(jnp.sum(update["probe"]) < 0)
-    except (LookupError, TypeError, ValueError):
-        return  # made for other parameters, or of traced numbers, whose sign is not known here
-    if descends:
-        raise ValueError(
-            f"{name} must keep the gradient's sign, and the one given descends by itself: it has a "
-            "learning rate already. Give the direction alone, such as optax.scale_by_adam() in "
-            "place of optax.adam(…), and the rate as learning_rate or auxiliary_learning_rate."
-        )

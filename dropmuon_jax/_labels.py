@@ -1,0 +1,216 @@
+"""Which leaf is what: labels for `chain_subtrees`, from paths and shapes, by stated rules."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dropmuon_jax._checks import did_you_mean
+from dropmuon_jax._layers import compile_pattern, leaf_paths
+
+_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls"}
+_HEADS = {"head", "lm_head", "output_head", "classifier", "logits", "unembed", "unembedding"}
+ROLES = ("hidden", "head", "tied_head", "embedding", "bias")
+# timm's eligibility rule for Muon (timm/optim/muon.py); beyond it a matrix looks like a table.
+_MAX_ASPECT_RATIO = 128
+
+
+def matrix_labels(params: Any) -> Any:
+    """Labels for :func:`chain_subtrees`: "matrix" for what Muon is meant for, else "other".
+
+    A leaf is "other" if it
+
+    * has fewer than two axes,
+    * is called `bias` or `scale`, of however many axes: the biases of attention heads and the
+      norms of scanned layers are stacked vectors, or
+    * has a word of a path component (`Embed_0`, `pos_embedding`, `tok_embeddings`) among `embed`,
+      `embedding`, `embeddings`, `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case:
+      rows of a table are looked up or added, not multiplied.
+
+    Everything else is "matrix". Print the labels once before a long run; to decide otherwise,
+    change the returned tree or write your own.
+
+    Args:
+        params: The parameters: any pytree of arrays or of `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A tree of strings with the structure of the parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> dm.matrix_labels({"Embed_0": jnp.zeros((9, 4)), "w": jnp.eye(4), "b": jnp.zeros(4)})
+        {'Embed_0': 'other', 'b': 'other', 'w': 'matrix'}
+    """
+
+    def label(path: str, leaf: Any) -> str:
+        return "other" if _is_vector(path, leaf) or _is_table(path) else "matrix"
+
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(map(label, leaf_paths(params), leaves))
+
+
+class Role(NamedTuple):
+    """What a leaf is, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    reason: str
+
+
+def role_labels(
+    params: Any, roles: Mapping[str, str] | None = None, *, has_head: bool = True
+) -> Any:
+    """Labels for :func:`chain_subtrees`: what a leaf is in the network, which decides its norm.
+
+    The first rule that fits a leaf counts:
+
+    1. A pattern of `roles` matches its path: that role.
+    2. It has fewer than two axes, or is called `bias` or `scale`: "bias".
+    3. A word of its path (`Embed_0`, `tok_embeddings`) is among `embed`, `embedding`, `embeddings`,
+       `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case: "embedding".
+    4. A whole component of its path is among `head`, `lm_head`, `output_head`, `classifier`,
+       `logits`, `unembed`, `unembedding`: "head".
+    5. It is ambiguous, which is an error: a convolution with one channel in, which may be depthwise
+       or the first of grey images; or a matrix with one side more than 128 times the other, which
+       looks like an embedding under another name.
+    6. "hidden".
+
+    A network in which no leaf is a head is an error too: names such as `Dense_3` do not tell. A
+    tied embedding, which is also the output layer, is told by `roles={"wte": "tied_head"}`. Print
+    :func:`role_table` once before a long run.
+
+    Args:
+        params: The parameters: any pytree of arrays or of `jax.ShapeDtypeStruct`s.
+        roles: From path patterns, as in :func:`layers_by_path`, to roles; "hidden", "head",
+            "tied_head", "embedding", "bias" are known to :func:`scion` and :func:`gluon`, and you
+            may add others.
+        has_head: False for a network without one.
+
+    Returns:
+        A tree of strings with the structure of the parameters.
+
+    Raises:
+        ValueError: For an ambiguous leaf, naming it; without a head; for a pattern that matches no
+            leaf, or two that match one.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"Embed_0": jnp.zeros((9, 4)), "Dense_0": jnp.eye(4), "Dense_1": jnp.eye(4)}
+        >>> dm.role_labels(params, {"Dense_1": "head"})
+        {'Dense_0': 'hidden', 'Dense_1': 'head', 'Embed_0': 'embedding'}
+
+    References:
+        The roles are Scion's (Pethick et al., 2025, arXiv:2502.07529), the rules for shapes
+        those of timm (`timm/optim/muon.py`), which sends ambiguous leaves to AdamW instead.
+    """
+    assigned = _assign(params, roles or {}, has_head)
+    return jax.tree.unflatten(jax.tree.structure(params), [leaf.role for leaf in assigned])
+
+
+def role_table(
+    params: Any, roles: Mapping[str, str] | None = None, *, has_head: bool = True
+) -> str:
+    """The labels of :func:`role_labels` as a table to print, with the rule that made each.
+
+    Args:
+        params: As in :func:`role_labels`.
+        roles: Likewise.
+        has_head: Likewise.
+
+    Returns:
+        A line for each leaf.
+
+    Raises:
+        ValueError: As :func:`role_labels`.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"Dense_0": {"kernel": jnp.eye(4), "bias": jnp.ones(4)}, "head": jnp.eye(4)}
+        >>> print(dm.role_table(params))
+        leaf            shape  role    because
+        Dense_0/bias    4      bias    vector
+        Dense_0/kernel  4×4    hidden  matrix
+        head            4×4    head    its path
+    """
+    rows = [("leaf", "shape", "role", "because")]
+    for path, shape, role, reason in _assign(params, roles or {}, has_head):
+        rows.append((path, "×".join(map(str, shape)) or "scalar", role, reason))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]:
+    paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+    told = _told_roles(paths, roles)
+    assigned = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        shape = tuple(np.shape(leaf))
+        role, reason = told.get(path) or _role_by_rules(path, shape, leaf)
+        assigned.append(Role(path, shape, role, reason))
+    # Without leaves, params is the placeholder of optax.tree.map_params.
+    if has_head and paths and not any(leaf.role in ("head", "tied_head") for leaf in assigned):
+        hidden = [leaf.path for leaf in assigned if leaf.role in ("hidden", "embedding")]
+        raise ValueError(
+            f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}). Name it among "
+            f"{hidden}: roles={{'{hidden[-1] if hidden else '…'}': 'head'}}, or 'tied_head' for an "
+            "embedding that is the output layer too; or say has_head=False."
+        )
+    return assigned
+
+
+def _told_roles(paths: list[str], roles: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    told: dict[str, tuple[str, str]] = {}
+    for pattern, role in roles.items():
+        if not isinstance(role, str):
+            raise TypeError(f"roles maps path patterns to role names, got {pattern!r}: {role!r}.")
+        expression = compile_pattern(pattern)
+        hits = [path for path in paths if expression.search(path)]
+        if paths and not hits:
+            raise ValueError(
+                f"roles: pattern '{pattern}' matches no leaf of {paths}."
+                f"{did_you_mean(pattern, paths)}"
+            )
+        for path in hits:
+            if path in told and told[path][0] != role:
+                raise ValueError(
+                    f"roles: leaf '{path}' is {told[path][0]!r} by {told[path][1]} and {role!r} by "
+                    f"'{pattern}'."
+                )
+            told[path] = role, f"'{pattern}'"
+    return told
+
+
+def _role_by_rules(path: str, shape: tuple[int, ...], leaf: Any) -> tuple[str, str]:
+    if _is_vector(path, leaf):
+        return "bias", "vector" if len(shape) < 2 else "its name"
+    if _is_table(path):
+        return "embedding", "its path"
+    if not _HEADS.isdisjoint(path.lower().split("/")):
+        return "head", "its path"
+    if len(shape) >= 4 and shape[-2] == 1 and math.prod(shape[:-2]) > 1:
+        raise ValueError(
+            f"Leaf '{path}' of shape {shape} may be a depthwise convolution, whose channels no "
+            "matrix norm may mix, or the first of grey images. Say which: "
+            f"roles={{'{path}': 'hidden'}}, or a role of your own, such as 'depthwise', with "
+            "lmos={'depthwise': dm.row_lmo(…)}."
+        )
+    if len(shape) == 2 and max(shape) > _MAX_ASPECT_RATIO * min(shape):
+        raise ValueError(
+            f"Leaf '{path}' of shape {shape} looks like a table of embeddings, with one side more "
+            f"than {_MAX_ASPECT_RATIO} times the other. Say what it is: roles={{'{path}': "
+            "'embedding'}, or 'hidden' or 'head'."
+        )
+    return "hidden", "matrix" if len(shape) == 2 else f"{len(shape)} axes"
+
+
+def _is_vector(path: str, leaf: Any) -> bool:
+    return len(np.shape(leaf)) < 2 or path.rsplit("/", 1)[-1] in ("bias", "scale")
+
+
+def _is_table(path: str) -> bool:
+    return not set(re.split(r"[/_.]", path.lower())).isdisjoint(_TABLES)

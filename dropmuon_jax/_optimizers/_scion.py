@@ -1,0 +1,264 @@
+"""Scion, and Scion with dropped layers."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from dropmuon_jax._checks import check_positive
+from dropmuon_jax._labels import role_labels
+from dropmuon_jax._layers import Layers, leaf_paths
+from dropmuon_jax._matrices import DimensionNumbers
+from dropmuon_jax._momentum import momentum as _momentum
+from dropmuon_jax._optimizers._composition import (
+    ROLE_NORMS,
+    check_role_radii,
+    every_layer,
+    role_subtrees,
+)
+from dropmuon_jax._radii import Radius
+from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
+from dropmuon_jax._subtrees import per_layer
+
+# The recipes of Scion's paper and repository (arXiv:2502.07529). What they do not state, because
+# their networks have no such leaf, is the hidden layers' radius.
+SCION_GPT_RADII: Mapping[str, float] = MappingProxyType(
+    {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0, "embedding": 50.0, "bias": 50.0}
+)
+SCION_CNN_RADII: Mapping[str, float] = MappingProxyType(
+    {"hidden": 8.0, "head": 128.0, "embedding": 8.0, "bias": 8.0}
+)
+
+
+def scion(
+    learning_rate: optax.ScalarOrSchedule,
+    radii: Mapping[str, Radius],
+    *,
+    constrained: bool = True,
+    momentum: optax.GradientTransformation | None = None,
+    lmos: Mapping[str, optax.GradientTransformation] | None = None,
+    roles: Mapping[str, str] | None = None,
+    has_head: bool = True,
+    dimension_numbers: DimensionNumbers | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scion: each leaf steps in the ball of the norm that its role in the network suggests.
+
+    .. math::
+        M &\leftarrow \text{decay}\, M + (1 - \text{decay})\, \nabla f(X; \xi) \\
+        X &\leftarrow (1 - \gamma) X - \gamma\, \text{radius}\, D(M)
+        \quad\text{(constrained)} \\
+        X &\leftarrow X - \gamma\, \text{radius}\, D(M) \quad\text{(unconstrained)}
+
+    =============== ================================================== ===========================
+    role            norm                                               direction D
+    =============== ================================================== ===========================
+    "hidden"        `spectral_norm("scion")`: RMS to RMS               (out/in)^½ / window · UVᵀ
+    "head"          :func:`sign_norm`                                  sign / fan-in
+    "tied_head"     the same, of a table (tokens, features)            sign / features
+    "embedding"     :func:`column_norm`                                each token to RMS 1
+    "bias"          :func:`rms_norm`                                   to RMS 1
+    =============== ================================================== ===========================
+
+    Constrained iterates stay in the ball, ‖X‖ ≤ radius, if they start there and γ ≤ 1: start with
+    :func:`scion_init`, or they are drawn into it. ("hidden" takes the five steps of
+    :func:`newton_schulz_lmo`, so there the ball is larger by up to 14 %; give
+    `lmos={"hidden": dm.newton_schulz_lmo(50.0, shape_factor="scion", num_steps=7)}` for 1e-4.)
+
+    **Recipes** of the paper and its repository: a GPT with a tied head, `scion(3.6e-4,
+    SCION_GPT_RADII)` with decay 0.9; a CNN, `scion(0.05, SCION_CNN_RADII,
+    momentum=momentum(decay=0.4))`. Both scale ReLU or GELU by √2.
+
+    Args:
+        learning_rate: γ, at most 1 where constrained, or a schedule of it over all steps.
+        radii: From role to radius: a number, a schedule, :func:`adaptive_radius`, or a mapping from
+            path patterns to these. Every role of the network needs one.
+        constrained: Whether X is pulled towards 0, which is weight decay γ. Scion's own default.
+        momentum: By default `momentum(decay=0.9)`.
+        lmos: From role to an LMO that takes the place of the table's, with its own radius; also for
+            roles of your own.
+        roles: From path patterns to roles, where paths do not tell, as in :func:`role_labels`; in
+            most networks `roles={"Dense_3": "head"}`. Print :func:`role_table` with the same.
+        has_head: False for a network without a head.
+        dimension_numbers: The axes of hidden matrices that are no Flax kernels of dense layers or
+            2-D convolutions, such as attention's, as in :func:`norm_lmo`.
+
+    Returns:
+        A transformation. It takes no `layer_mask`; :func:`drop_scion` does.
+
+    Raises:
+        TypeError: For a `layer_mask` in `update`, and for parts that are no transformations.
+        ValueError: For bad numbers, an unknown role, or a part that descends by itself. At `init`,
+            with the path, for a leaf whose role is ambiguous or has no radius.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"Dense_0": jnp.eye(2), "Dense_1": jnp.eye(2)}
+        >>> tx = dm.scion(0.5, {"hidden": 1.0, "head": 8.0}, roles={"Dense_1": "head"})
+        >>> updates, _ = tx.update(params, tx.init(params), params)  # (1 - γ)X + γ · 8 · sign / 2
+        >>> print(params["Dense_1"] + updates["Dense_1"])
+        [[-1.5  0. ]
+         [ 0.  -1.5]]
+
+    References:
+        Pethick, Xie, Antonakopoulos, Zhu, Silveti-Falls, Cevher, *Training Deep Learning Models
+        with Norm-Constrained LMOs*, 2025, arXiv:2502.07529, Algorithms 1 and 2. Their α is
+        1 - decay.
+    """
+    subtrees = role_subtrees(
+        learning_rate,
+        radii,
+        momentum=_momentum(decay=0.9) if momentum is None else momentum,
+        constrained=constrained,
+        lmos=lmos,
+        roles=roles,
+        has_head=has_head,
+        dimension_numbers=dimension_numbers,
+        freeze=optax.with_extra_args_support,
+    )
+    return every_layer("scion", subtrees)
+
+
+def scion_init(
+    key: PRNGKeyArray,
+    params: Any,
+    radii: Mapping[str, float],
+    *,
+    roles: Mapping[str, str] | None = None,
+    has_head: bool = True,
+    dimension_numbers: DimensionNumbers | None = None,
+) -> Any:
+    """Random parameters on the boundary of the balls of :func:`scion`, where it may start.
+
+    Hidden matrices are orthogonal times radius and shape factor, heads ± radius / fan-in, and
+    embeddings of root mean square radius token by token. Biases and scales stay what they are: in
+    Flax 0 and 1, inside a ball of radius 1.
+
+    Args:
+        key: A PRNG key; each leaf gets its own.
+        params: The parameters, of which structure, shapes, dtypes and biases are taken.
+        radii: From role to radius, a number, as given to :func:`scion`.
+        roles: As in :func:`scion`.
+        has_head: Likewise.
+        dimension_numbers: Likewise.
+
+    Returns:
+        A tree like `params`.
+
+    Raises:
+        ValueError: As :func:`scion`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"Dense_0": jnp.zeros((4, 4)), "head": jnp.zeros((4, 1))}
+        >>> params = dm.scion_init(jax.random.key(0), params, {"hidden": 3.0, "head": 8.0})
+        >>> print(f"{jnp.linalg.norm(params['Dense_0'], 2):.3f}", abs(params["head"]).T)
+        3.000 [[2. 2. 2. 2.]]
+
+    References:
+        Pethick et al., 2025, arXiv:2502.07529, and its repository; there the positions of a
+        convolution's window are orthogonal each, here the whole matrix, so that the norm is the
+        radius.
+    """
+    check_role_radii(radii)
+    labels = role_labels(params, roles, has_head=has_head)
+    for path, role in zip(leaf_paths(params), jax.tree.leaves(labels), strict=True):
+        if role not in radii:
+            raise ValueError(f"Leaf '{path}' is {role!r}, and radii has only {sorted(radii)}.")
+
+    drawn = params
+    for role, role_key in zip(ROLE_NORMS, jax.random.split(key, len(ROLE_NORMS)), strict=True):
+        if role not in radii or role == "bias":
+            continue
+        check_positive(f"radii[{role!r}]", radii[role])
+        norm, subtree = ROLE_NORMS[role], _cut(drawn, labels, role)
+        all_axes = norm.axes(subtree, dimension_numbers if role == "hidden" else None)
+        leaves, treedef = jax.tree.flatten(subtree)
+        keys = jax.random.split(role_key, len(leaves))
+        new = [
+            (radii[role] * norm.init_leaf(leaf_key, leaf, axes)).astype(leaf.dtype)
+            for leaf_key, leaf, axes in zip(keys, leaves, all_axes, strict=True)
+        ]
+        drawn = jax.tree.map(
+            lambda label, old, replaced, role=role: replaced if label == role else old,
+            labels,
+            drawn,
+            treedef.unflatten(new),
+        )
+    return drawn
+
+
+def _cut(tree: Any, labels: Any, role: str) -> Any:
+    """The leaves of one role; placeholders for the others."""
+    return jax.tree.map(lambda label, x: x if label == role else optax.MaskedNode(), labels, tree)
+
+
+def drop_scion(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    depth_distribution: LayerDistribution,
+    radii: Mapping[str, Radius],
+    *,
+    seed: int,
+    constrained: bool = True,
+    momentum: optax.GradientTransformation | None = None,
+    lmos: Mapping[str, optax.GradientTransformation] | None = None,
+    roles: Mapping[str, str] | None = None,
+    has_head: bool = True,
+    dimension_numbers: DimensionNumbers | None = None,
+) -> LayerMaskSampler:
+    """Drop-Muon with the norms of Scion: a step of :func:`scion` in the layers that are drawn.
+
+    Inactive layers stay bit for bit what they are: they are not pulled towards 0 either, and so
+    stay in their ball.
+
+    Args:
+        learning_rate: As in :func:`scion`.
+        layers: The layers, over the whole parameters.
+        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
+        radii: As in :func:`scion`.
+        seed: Seed of the draws, a Python integer.
+        constrained: As in :func:`scion`.
+        momentum: Likewise.
+        lmos: Likewise; they must honour `layer_mask`, as those of this package do.
+        roles: Likewise.
+        has_head: Likewise.
+        dimension_numbers: Likewise.
+
+    Returns:
+        A :class:`LayerMaskSampler`, as :func:`drop_muon`.
+
+    Raises:
+        TypeError: As :func:`scion`, if `seed` is missing, and in `update`, if `layer_mask` is.
+        ValueError: As :func:`scion`; at `init`, for a leaf in no layer.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"Dense_0": jnp.eye(2), "head": jnp.eye(2)}
+        >>> layers = dm.layers_by_path(params, ["Dense_0", "head"])
+        >>> radii = {"hidden": 1.0, "head": 8.0}
+        >>> tx = dm.drop_scion(0.5, layers, dm.uniform_depth(), radii, seed=0)
+        >>> updates, _ = tx.update(params, tx.init(params), params, layer_mask=layers.mask(1))
+        >>> print(bool(updates["Dense_0"].any()), bool(updates["head"].any()))
+        False True
+
+    References:
+        Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
+        arXiv:2510.02239, Algorithm 1 with a norm for each layer; the constrained step in it is
+        ours. Pethick et al., 2025, arXiv:2502.07529.
+    """
+    sampler = layer_mask_sampler(layers, depth_distribution, seed=seed)
+    subtrees = role_subtrees(
+        learning_rate,
+        radii,
+        momentum=_momentum(decay=0.9) if momentum is None else momentum,
+        constrained=constrained,
+        lmos=lmos,
+        roles=roles,
+        has_head=has_head,
+        dimension_numbers=dimension_numbers,
+        freeze=lambda inner: per_layer(inner, layers),
+    )
+    return sampler.attach_to(optax.chain(subtrees, sampler))
