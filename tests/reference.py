@@ -92,6 +92,69 @@ class DropMuon:
             self.params[name] = self.params[name] - step.reshape(gradient.shape)
 
 
+def pytorch_layout(kernel):
+    """A Flax kernel (*window, in, out) as PyTorch keeps it, (out, in, *window)."""
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def flax_layout(weight):
+    """The way back."""
+    return np.moveaxis(weight, (0, 1), (-1, -2))
+
+
+def scion_lmo(role, g):
+    """Scion's `lmo` of a gradient in PyTorch's layout (arXiv:2502.07529 and its repository)."""
+    if role == "bias":  # BiasRMS
+        return g / np.sqrt(np.mean(g**2))
+    d_out, d_in, *window = g.shape
+    if role == "hidden":  # Spectral and SpectralConv
+        return (
+            (d_out / d_in) ** 0.5
+            / np.prod(window)
+            * polar_factor(g.reshape(d_out, -1)).reshape(g.shape)
+        )
+    if role == "head":  # Sign
+        return np.sign(g) / d_in
+    # ColNorm: each column of the matrix (features, tokens).
+    return g / (np.sqrt(np.sum(g**2, axis=0, keepdims=True)) / np.sqrt(d_out))
+
+
+class Scion:
+    """Algorithms 1 and 2 of Scion (arXiv:2502.07529); `momentum` is its α, of the new gradient.
+
+    Gluon (arXiv:2505.13416) is the unconstrained one with α and γ that change from step to step.
+    """
+
+    def __init__(self, params, roles, radii, *, constrained):
+        self.params = {name: self._layout(roles[name], x) for name, x in params.items()}
+        self.average = {name: np.zeros_like(x) for name, x in self.params.items()}
+        self.roles = roles
+        self.radii = radii
+        self.constrained = constrained
+
+    @staticmethod
+    def _layout(role, x):
+        x = np.asarray(x, np.float64)
+        return x if role == "bias" else pytorch_layout(x)
+
+    def step(self, grads, *, lr, momentum):
+        """One step with gradients in Flax's layout."""
+        for name, role in self.roles.items():
+            gradient = self._layout(role, grads[name])
+            self.average[name] = (1 - momentum) * self.average[name] + momentum * gradient
+            update = self.radii[role] * scion_lmo(role, self.average[name])
+            if self.constrained:
+                self.params[name] = (1 - lr) * self.params[name]
+            self.params[name] = self.params[name] - lr * update
+
+    def flax_params(self):
+        """The parameters in Flax's layout."""
+        return {
+            name: x if self.roles[name] == "bias" else flax_layout(x)
+            for name, x in self.params.items()
+        }
+
+
 def epoch_shift(step, num_steps, num_layers, alpha):
     """p_s ∝ exp(α[(1 - τ)(b - 1 - s) + τs])."""
     tau = min(step / num_steps, 1)
