@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dropmuon_jax._checks import did_you_mean
-from dropmuon_jax._layers import compile_pattern, leaf_paths
+from dropmuon_jax._layers import leaf_paths, match_leaves
 
 _TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls"}
 _HEADS = {"head", "lm_head", "output_head", "classifier", "logits", "unembed", "unembedding"}
-ROLES = ("hidden", "head", "tied_head", "embedding", "bias")
+_MATRIX_ROLES = ("hidden", "head", "tied_head", "embedding")
+ROLES = (*_MATRIX_ROLES, "bias")
 # timm's eligibility rule for Muon (timm/optim/muon.py); beyond it a matrix looks like a table.
 _MAX_ASPECT_RATIO = 128
 
@@ -68,7 +68,8 @@ def role_labels(
 
     The first rule that fits a leaf counts:
 
-    1. A pattern of `roles` matches its path: that role.
+    1. A pattern of `roles` matches its path: that role. But a vector, or a leaf called `bias` or
+       `scale`, stays "bias" where its module is called hidden, head or embedding.
     2. It has fewer than two axes, or is called `bias` or `scale`: "bias".
     3. A word of its path (`Embed_0`, `tok_embeddings`) is among `embed`, `embedding`, `embeddings`,
        `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case: "embedding".
@@ -146,11 +147,17 @@ def role_table(
 
 def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]:
     paths, leaves = leaf_paths(params), jax.tree.leaves(params)
-    told = _told_roles(paths, roles)
+    for pattern, role in roles.items():
+        if not isinstance(role, str):
+            raise TypeError(f"roles maps path patterns to role names, got {pattern!r}: {role!r}.")
+    told = match_leaves("roles", roles, paths)
     assigned = []
     for path, leaf in zip(paths, leaves, strict=True):
         shape = tuple(np.shape(leaf))
-        role, reason = told.get(path) or _role_by_rules(path, shape, leaf)
+        if path in told and not (told[path].value in _MATRIX_ROLES and _is_vector(path, leaf)):
+            role, reason = told[path].value, f"'{told[path].pattern}'"
+        else:
+            role, reason = _role_by_rules(path, shape, leaf)
         assigned.append(Role(path, shape, role, reason))
     # Without leaves, params is the placeholder of optax.tree.map_params.
     if has_head and paths and not any(leaf.role in ("head", "tied_head") for leaf in assigned):
@@ -161,28 +168,6 @@ def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]
             "embedding that is the output layer too; or say has_head=False."
         )
     return assigned
-
-
-def _told_roles(paths: list[str], roles: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    told: dict[str, tuple[str, str]] = {}
-    for pattern, role in roles.items():
-        if not isinstance(role, str):
-            raise TypeError(f"roles maps path patterns to role names, got {pattern!r}: {role!r}.")
-        expression = compile_pattern(pattern)
-        hits = [path for path in paths if expression.search(path)]
-        if paths and not hits:
-            raise ValueError(
-                f"roles: pattern '{pattern}' matches no leaf of {paths}."
-                f"{did_you_mean(pattern, paths)}"
-            )
-        for path in hits:
-            if path in told and told[path][0] != role:
-                raise ValueError(
-                    f"roles: leaf '{path}' is {told[path][0]!r} by {told[path][1]} and {role!r} by "
-                    f"'{pattern}'."
-                )
-            told[path] = role, f"'{pattern}'"
-    return told
 
 
 def _role_by_rules(path: str, shape: tuple[int, ...], leaf: Any) -> tuple[str, str]:

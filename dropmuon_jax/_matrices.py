@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import check_choice, check_floating, did_you_mean
-from dropmuon_jax._layers import compile_pattern, leaf_paths
+from dropmuon_jax._checks import check_choice, check_floating
+from dropmuon_jax._layers import leaf_paths, match_leaves
 
 LeafNumbers = MuonDimensionNumbers | Literal["conv"]
 DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
@@ -74,7 +74,8 @@ def matrix_axes(
     paths = leaf_paths(tree)
     numbers: list[LeafNumbers | None]
     if isinstance(dimension_numbers, Mapping):
-        numbers = _match_patterns(paths, dimension_numbers)
+        matches = match_leaves("dimension_numbers", dimension_numbers, paths)
+        numbers = [matches[path].value if path in matches else None for path in paths]
     else:
         numbers = [dimension_numbers] * len(paths)
     return [
@@ -83,25 +84,6 @@ def matrix_axes(
         else _leaf_axes(path, leaf, spec)
         for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
     ]
-
-
-def _match_patterns(
-    paths: list[str], mapping: Mapping[str, LeafNumbers]
-) -> list[LeafNumbers | None]:
-    numbers: list[LeafNumbers | None] = [None] * len(paths)
-    for pattern, spec in mapping.items():
-        expression = compile_pattern(pattern)
-        hits = [i for i, path in enumerate(paths) if expression.search(path)]
-        if paths and not hits:
-            raise ValueError(
-                f"dimension_numbers: pattern '{pattern}' matches no leaf of {paths}."
-                f"{did_you_mean(pattern, paths)}"
-            )
-        for i in hits:
-            if numbers[i] is not None:
-                raise ValueError(f"dimension_numbers: leaf '{paths[i]}' matches two patterns.")
-            numbers[i] = spec
-    return numbers
 
 
 def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None) -> MatrixAxes:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dropmuon_jax._checks import check_nonnegative, check_positive, did_you_mean, is_python_number
-from dropmuon_jax._layers import compile_pattern, leaf_paths
+from dropmuon_jax._checks import check_nonnegative, check_positive, is_python_number
+from dropmuon_jax._layers import leaf_paths, match_leaves
 
 
 class AdaptiveRadius(NamedTuple):
@@ -99,11 +99,6 @@ def check_radius(name: str, radius: Any) -> None:
                 f"{name} is an empty mapping; give a number, or a pattern for each leaf."
             )
         for pattern, of_leaf in radius.items():
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    f"{name} maps path patterns, which are strings, to numbers; got the key "
-                    f"{pattern!r}."
-                )
             if isinstance(of_leaf, Mapping):
                 raise TypeError(
                     f"{name}[{pattern!r}] is a mapping again; write one pattern of both."
@@ -125,29 +120,14 @@ def leaf_radii(name: str, radius: Radius, tree: Any) -> list[LeafRadius]:
         return [radius] * len(paths)
     if not paths:  # a placeholder of Optax's, or an empty subtree
         return []
-    elsewhere = _masked_paths(tree)
-    radii: dict[str, tuple[str, LeafRadius]] = {}
-    for pattern, of_leaf in radius.items():
-        expression = compile_pattern(pattern)
-        hits = [path for path in paths if expression.search(path)]
-        if not hits and not any(map(expression.search, elsewhere)):
-            raise ValueError(
-                f"{name}: pattern '{pattern}' matches no leaf of {paths}."
-                f"{did_you_mean(pattern, paths)}"
-            )
-        for path in hits:
-            if path in radii:
-                raise ValueError(
-                    f"{name}: leaf '{path}' matches both '{radii[path][0]}' and '{pattern}'."
-                )
-            radii[path] = pattern, of_leaf
+    radii = match_leaves(name, radius, paths, elsewhere=_masked_paths(tree))
     missing = [path for path in paths if path not in radii]
     if missing:
         raise ValueError(
             f"{name} has no pattern for {missing[:3]}: every leaf needs one. The patterns are "
             f"{list(radius)}."
         )
-    return [radii[path][1] for path in paths]
+    return [radii[path].value for path in paths]
 
 
 def distinct_radii(radius: Radius) -> list[LeafRadius]:

@@ -527,7 +527,7 @@ LMO_ERRORS = [
         "dimension_numbers_leaf_that_matches_twice",
         lambda: init_lmo((2, 3, 4), {"blocks": spec(1, 2), "kernel": spec(1, 2)}),
         ValueError,
-        "leaf 'blocks/0/kernel' matches two patterns",
+        "leaf 'blocks/0/kernel' matches both",
     ),
     error(
         "dimension_numbers_that_are_none",

@@ -70,6 +70,12 @@ def test_a_pattern_comes_before_every_rule():
     assert dm.role_labels(params, roles) == roles
 
 
+def test_the_bias_of_a_head_is_a_bias():
+    params = {"Dense_0": {"kernel": jnp.eye(3), "bias": jnp.ones(3)}}
+    labels = dm.role_labels(params, {"Dense_0": "head"})
+    assert labels == {"Dense_0": {"kernel": "head", "bias": "bias"}}
+
+
 def test_labels_go_into_chain_subtrees():
     params = {"Dense_0": jnp.eye(3), "head": jnp.eye(3), "bias": jnp.ones(3)}
     tx = dm.chain_subtrees(
@@ -102,7 +108,7 @@ def test_labels_go_into_chain_subtrees():
         (
             {"block": {"kernel": jnp.eye(3)}, "head": jnp.eye(3)},
             {"block": "hidden", "kernel": "head"},
-            ["leaf 'block/kernel' is 'hidden' by 'block' and 'head' by 'kernel'"],
+            ["leaf 'block/kernel' matches both 'block' and 'kernel'"],
         ),
     ],
     ids=["no_head", "one_channel", "table", "no_match", "two_roles"],

@@ -3,14 +3,15 @@
 from dropmuon_jax._layers._by_path import layers_by_path
 from dropmuon_jax._layers._by_trace import trace_layers
 from dropmuon_jax._layers._layers import Layers, check_layers
-from dropmuon_jax._layers._paths import compile_pattern, leaf_keys, leaf_paths
+from dropmuon_jax._layers._paths import leaf_keys, leaf_paths
+from dropmuon_jax._layers._patterns import match_leaves
 
 __all__ = [
     "Layers",
     "check_layers",
-    "compile_pattern",
     "layers_by_path",
     "leaf_keys",
     "leaf_paths",
+    "match_leaves",
     "trace_layers",
 ]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dropmuon_jax._checks import did_you_mean
 from dropmuon_jax._layers._layers import Layers, make_layers
-from dropmuon_jax._layers._paths import compile_pattern, leaf_paths
+from dropmuon_jax._layers._paths import leaf_paths
+from dropmuon_jax._layers._patterns import compile_pattern, nearest_run
 
 
 def layers_by_path(params: Any, patterns: Sequence[str | Sequence[str]]) -> Layers:
@@ -50,7 +50,7 @@ def layers_by_path(params: Any, patterns: Sequence[str | Sequence[str]]) -> Laye
             found = [leaf for leaf, path in enumerate(paths) if expression.search(path)]
             if not found:
                 raise ValueError(
-                    f"Pattern '{pattern}' matches no leaf.{_nearest(pattern, paths)} "
+                    f"Pattern '{pattern}' matches no leaf.{nearest_run(pattern, paths)} "
                     f"The leaves are:\n{_lines(paths)}"
                 )
             for leaf in found:
@@ -93,17 +93,6 @@ def _pattern_groups(patterns: Sequence[str | Sequence[str]]) -> list[tuple[str, 
     if not groups:
         raise ValueError("patterns is empty; give one pattern for each layer, shallow to deep.")
     return groups
-
-
-def _nearest(pattern: str, paths: Sequence[str]) -> str:
-    """A suggestion for a misspelt pattern, out of all runs of as many components."""
-    width = len(pattern.strip("/").split("/"))
-    runs = set()
-    for path in paths:
-        components = path.split("/")
-        for i in range(len(components) - width + 1):
-            runs.add("/".join(components[i : i + width]))
-    return did_you_mean(pattern, sorted(runs))
 
 
 def _lines(paths: Sequence[str], limit: int = 40) -> str:

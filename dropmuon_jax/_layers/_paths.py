@@ -1,6 +1,5 @@
-"""Names of leaves, and the patterns that match them."""
+"""Names of leaves."""
 
-import re
 from typing import Any
 
 import jax
@@ -37,21 +36,3 @@ def leaf_paths(tree: Any) -> list[str]:
         return path[:-1] if wraps_one_value else path
 
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The expression that finds a pattern in a leaf path.
-
-    A pattern is a run of whole path components, `*` stands for any characters inside one of them,
-    and a leading `/` ties it to the root of the tree.
-
-    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_1/kernel"))
-    True
-    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_10/kernel"))
-    False
-    >>> bool(compile_pattern("/Dense_0").search("Block_0/Dense_0/kernel"))
-    False
-    """
-    anchored = pattern.startswith("/")
-    body = re.escape(pattern.strip("/")).replace(r"\*", "[^/]*")
-    return re.compile(("^" if anchored else "(?:^|/)") + body + "(?:/|$)")

@@ -80,7 +80,7 @@ def scion(
         lmos: From role to an LMO that takes the place of the table's, with its own radius; also for
             roles of your own.
         roles: From path patterns to roles, where paths do not tell, as in :func:`role_labels`; in
-            most networks `roles={"Dense_3": "head"}`. Print :func:`role_table` with the same.
+            many networks `roles={"Dense_3": "head"}`. Print :func:`role_table` with the same.
         has_head: False for a network without a head.
         dimension_numbers: The axes of hidden matrices that are no Flax kernels of dense layers or
             2-D convolutions, such as attention's, as in :func:`norm_lmo`.
