@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from dropmuon_jax._checks import check_choice, check_floating
-from dropmuon_jax._layers import leaf_paths, match_leaves
+from dropmuon_jax._layers import leaf_paths, masked_paths, match_leaves
 
 LeafNumbers = MuonDimensionNumbers | Literal["conv"]
 DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
@@ -50,10 +50,11 @@ def check_dimension_numbers(dimension_numbers: Any) -> None:
 
 def vector_axes(tree: Any) -> list[MatrixAxes]:
     """Each leaf as one vector: a matrix of fan-in 1."""
-    return [
-        MatrixAxes(path, (), tuple(range(leaf.ndim)))
-        for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
-    ]
+    all_axes = []
+    for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+        check_floating(f"leaf '{path}'", leaf.dtype)
+        all_axes.append(MatrixAxes(path, (), tuple(range(leaf.ndim))))
+    return all_axes
 
 
 def matrix_axes(
@@ -74,21 +75,21 @@ def matrix_axes(
     paths = leaf_paths(tree)
     numbers: list[LeafNumbers | None]
     if isinstance(dimension_numbers, Mapping):
-        matches = match_leaves("dimension_numbers", dimension_numbers, paths)
+        matches = match_leaves("dimension_numbers", dimension_numbers, paths, masked_paths(tree))
         numbers = [matches[path].value if path in matches else None for path in paths]
     else:
         numbers = [dimension_numbers] * len(paths)
     return [
-        MatrixAxes(path, (), tuple(range(leaf.ndim)))
-        if vectors and leaf.ndim < 2
-        else _leaf_axes(path, leaf, spec)
+        _leaf_axes(path, leaf, spec, vectors)
         for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
     ]
 
 
-def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None) -> MatrixAxes:
+def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None, vectors: bool) -> MatrixAxes:
     check_floating(f"leaf '{path}'", leaf.dtype)
     shape, ndim = leaf.shape, leaf.ndim
+    if vectors and ndim < 2:
+        return MatrixAxes(path, (), tuple(range(ndim)))
     if ndim < 2:
         raise ValueError(
             f"An LMO of matrices needs matrices, and leaf '{path}' has shape {shape}. Give vectors "

@@ -62,6 +62,8 @@ def momentum(
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1 (the average; Nesterov's form is Muon's).
     """
+    if decay is gluon_decay:
+        raise TypeError("decay is dm.gluon_decay itself: call it.")
     if not callable(decay):
         check_decay("decay", decay)
     if dtype is not None:
@@ -114,4 +116,9 @@ def gluon_decay() -> optax.Schedule:
         Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
         :func:`gluon_radius`.
     """
-    return lambda count: 1 - (count + 1) ** -0.5
+
+    def schedule(count: Any) -> jax.Array:
+        steps = jnp.asarray(count, jnp.result_type(float)) + 1
+        return 1 - steps**-0.5
+
+    return schedule

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from dropmuon_jax._checks import check_nonnegative, check_positive, is_python_number
-from dropmuon_jax._layers import leaf_paths, match_leaves
+from dropmuon_jax._layers import leaf_paths, masked_paths, match_leaves
 
 
 class AdaptiveRadius(NamedTuple):
@@ -88,7 +87,12 @@ def gluon_radius(radius: float | Array) -> optax.Schedule:
         :func:`gluon_decay` for the momentum.
     """
     check_positive("radius", radius)
-    return lambda count: radius * (count + 1) ** -0.75
+
+    def schedule(count: Any) -> Array:
+        steps = jnp.asarray(count, jnp.result_type(float)) + 1
+        return jnp.asarray(radius, steps.dtype) * steps**-0.75
+
+    return schedule
 
 
 def check_radius(name: str, radius: Any) -> None:
@@ -99,11 +103,15 @@ def check_radius(name: str, radius: Any) -> None:
                 f"{name} is an empty mapping; give a number, or a pattern for each leaf."
             )
         for pattern, of_leaf in radius.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name} is by path patterns, which are strings, got {pattern!r}.")
             if isinstance(of_leaf, Mapping):
                 raise TypeError(
                     f"{name}[{pattern!r}] is a mapping again; write one pattern of both."
                 )
             check_radius(f"{name}[{pattern!r}]", of_leaf)
+    elif radius is gluon_radius or radius is adaptive_radius:
+        raise TypeError(f"{name} is dm.{radius.__name__} itself: call it with its arguments.")
     elif not isinstance(radius, AdaptiveRadius) and not callable(radius):
         check_positive(name, radius)
 
@@ -120,7 +128,7 @@ def leaf_radii(name: str, radius: Radius, tree: Any) -> list[LeafRadius]:
         return [radius] * len(paths)
     if not paths:  # a placeholder of Optax's, or an empty subtree
         return []
-    radii = match_leaves(name, radius, paths, elsewhere=_masked_paths(tree))
+    radii = match_leaves(name, radius, paths, elsewhere=masked_paths(tree))
     missing = [path for path in paths if path not in radii]
     if missing:
         raise ValueError(
@@ -136,29 +144,25 @@ def distinct_radii(radius: Radius) -> list[LeafRadius]:
 
 
 def step_length(
-    radius: LeafRadius, count: Array | None, dual_norm: Callable[[], Float[Array, " batch"]]
+    name: str,
+    radius: LeafRadius,
+    count: Array | None,
+    dual_norm: Callable[[], Float[Array, " batch"]],
 ) -> Array:
     """The length of the step: one number, or one for each matrix of the leaf."""
     if isinstance(radius, AdaptiveRadius):
         dual = dual_norm()
-        bound = jnp.asarray(radius.l0, dual.dtype) + jnp.asarray(radius.l1, dual.dtype) * dual
-        # Of a zero gradient the step is zero, also where L⁰ is.
-        return dual / jnp.where(dual == 0, 1, bound)
+        l0, l1 = jnp.asarray(radius.l0, dual.dtype), jnp.asarray(radius.l1, dual.dtype)
+        # Divided by ‖M‖*, for dual norms of any size. Of a zero gradient the step is zero.
+        inverse = l0 / jnp.where(dual == 0, 1, dual) + l1
+        return jnp.where(dual == 0, 0, 1 / jnp.where(dual == 0, 1, inverse))
     if callable(radius):
         assert count is not None  # the state of a schedule
-        return jnp.asarray(radius(count))
+        length = jnp.asarray(radius(count))
+        if length.ndim:
+            raise ValueError(
+                f"A schedule must return one number, and one of {name} returned an array of shape "
+                f"{length.shape}."
+            )
+        return length
     return jnp.asarray(radius)
-
-
-def _masked_paths(tree: Any) -> list[str]:
-    """The paths of what `chain_subtrees` has sent through another chain."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, node in nodes
-        if is_masked(node)
-    ]

@@ -88,7 +88,16 @@ CASES = {
     "momentum": Case(lambda: dm.momentum(0.8)),
     "momentum_nesterov": Case(lambda: dm.momentum(0.8, nesterov=True)),
     "momentum_bfloat16": Case(lambda: dm.momentum(0.8, dtype=jnp.bfloat16)),
+    "momentum_scheduled": Case(lambda: dm.momentum(dm.gluon_decay())),
     "newton_schulz_lmo": Case(lambda: LMO, biases=False, has_memory=False),
+    "newton_schulz_sharp": Case(
+        lambda: dm.newton_schulz_sharp(0.3, num_steps=2), biases=False, has_memory=False
+    ),
+    "sign_lmo_scheduled": Case(lambda: dm.sign_lmo(schedule), has_memory=False),
+    "rms_lmo_by_path": Case(
+        lambda: dm.rms_lmo({"stem": dm.adaptive_radius(2.0, 0.5), "mid": 0.3, "head": 1.0}),
+        has_memory=False,
+    ),
     "layer_mask_sampler": Case(
         lambda: dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=1), has_memory=False
     ),
@@ -404,7 +413,8 @@ def test_an_inactive_parameter_of_minus_zero_stays_minus_zero(case, active):
     assert_same_bits(of_layers(params, active, False), before)
 
 
-@over(REMEMBERING)
+# A scheduled decay has gone on meanwhile.
+@over({name: case for name, case in REMEMBERING.items() if name != "momentum_scheduled"})
 def test_a_frozen_layer_continues_where_it_stopped(case):
     active = SUBSETS["stem_and_head"]
     tx, params, state = warm(case)
@@ -559,6 +569,18 @@ INJECTED = {
         dm.newton_schulz_lmo,
         {"radius": 0.3, "num_steps": 3},
         ("num_steps",),
+    ),
+    "newton_schulz_sharp_static_num_steps": (
+        CASES["newton_schulz_sharp"],
+        dm.newton_schulz_sharp,
+        {"step_size": schedule, "num_steps": 2},
+        ("num_steps",),
+    ),
+    "sign_lmo": (
+        CASES["sign_lmo_scheduled"],
+        dm.sign_lmo,
+        {"radius": schedule, "normalized": False},
+        (),
     ),
     "layer_mask_sampler": (
         CASES["layer_mask_sampler"],

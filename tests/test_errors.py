@@ -903,6 +903,310 @@ LMO_ERRORS = [
     ),
 ]
 
+NORM_ERRORS = [
+    error(
+        "norm_not_called",
+        lambda: dm.norm_lmo(dm.sign_norm),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "norm must be a dm.Norm, got a function. Call it",
+    ),
+    error(
+        "norm_that_is_a_name",
+        lambda: dm.norm_sharp("sign"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "norm must be a dm.Norm, got 'sign'",
+    ),
+    error(
+        "norm_that_is_a_radius",
+        lambda: dm.norm_lmo(0.3),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "norm must be a dm.Norm, got 0.3",
+    ),
+    error(
+        "norm_of_a_tree",
+        lambda: dm.sign_norm().lmo(KERNELS),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "A norm takes one array, got a dict",
+        "jax.tree.map",
+    ),
+    error(
+        "norm_of_a_list",
+        lambda: dm.rms_norm().norm([1.0, 2.0]),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "A norm takes one array, got a list",
+    ),
+    error(
+        "radius_is_the_maker_of_a_schedule",
+        lambda: dm.sign_lmo(dm.gluon_radius),
+        TypeError,
+        "radius is dm.gluon_radius itself: call it",
+    ),
+    error(
+        "decay_is_the_maker_of_a_schedule",
+        lambda: dm.momentum(dm.gluon_decay),
+        TypeError,
+        "decay is dm.gluon_decay itself: call it",
+    ),
+    error(
+        "schedule_that_returns_an_array",
+        lambda: updated(dm.sign_lmo(lambda count: jnp.ones(3)), KERNELS),
+        ValueError,
+        "A schedule must return one number",
+        "radius",
+        "(3,)",
+    ),
+    error(
+        "dimension_numbers_of_whole_leaves",
+        lambda: dm.norm_lmo(dm.rms_norm(), dimension_numbers="conv").init(KERNELS),
+        ValueError,
+        "rms_norm() is of whole leaves",
+        "leave out dimension_numbers",
+    ),
+    error(
+        "norm_of_matrices_of_a_vector",
+        lambda: dm.column_norm().dual_norm(jnp.ones(3)),
+        ValueError,
+        "is of matrices (in, out)",
+        "shape (3,)",
+    ),
+    error(
+        "norm_of_integers",
+        lambda: dm.euclidean_norm().direction(jnp.ones(3, int)),
+        TypeError,
+        "must be of a floating-point dtype, got int32",
+    ),
+    error(
+        "random_array_of_integers",
+        lambda: dm.sign_norm().init(jax.random.key(0), (3, 2), jnp.int32),
+        TypeError,
+        "dtype must be of a floating-point dtype, got int32",
+    ),
+    error(
+        "random_vector_of_a_norm_of_matrices",
+        lambda: dm.spectral_norm().init(jax.random.key(0), (3,)),
+        ValueError,
+        "is of matrices (in, out)",
+        "shape (3,)",
+    ),
+    error(
+        "initializer_with_radius_zero",
+        lambda: dm.sign_norm().initializer(0),
+        ValueError,
+        "radius must be positive and finite, got 0",
+    ),
+    error(
+        "spectral_norm_with_unknown_shape_factor",
+        lambda: dm.spectral_norm("scoin"),
+        ValueError,
+        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'scion', 'spectral']",
+        "Did you mean 'scion'?",
+    ),
+    error(
+        "spectral_norm_of_a_kernel_not_made",
+        lambda: dm.spectral_norm(orthogonalize=dm.newton_schulz),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "such as dm.newton_schulz() with its parentheses",
+    ),
+    error(
+        "spectral_norm_of_a_kernel_that_is_a_name",
+        lambda: dm.spectral_norm(orthogonalize="svd"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "orthogonalize must be a function",
+        "got 'svd'",
+    ),
+    error(
+        "sharp_kernel_not_callable",
+        lambda: dm.spectral_sharp("svd"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "orthogonalize must be a function",
+        "dm.newton_schulz()",
+    ),
+    error(
+        "vector_of_column_lmo",
+        lambda: dm.column_lmo().init(PARAMS),
+        ValueError,
+        "needs matrices, and leaf 'head/bias' has shape (2,)",
+        "dm.chain_subtrees",
+    ),
+    error(
+        "scalar_of_row_sharp",
+        lambda: dm.row_sharp().init({"temperature": jnp.ones(())}),
+        ValueError,
+        "leaf 'temperature' has shape ()",
+    ),
+    error(
+        "three_axes_of_sign_lmo",
+        lambda: dm.sign_lmo().init({"conv": {"kernel": jnp.ones((3, 2, 4))}}),
+        ValueError,
+        "leaf 'conv/kernel', of shape (3, 2, 4)",
+        "dimension_numbers={'conv/kernel'",
+        "for a convolution, with 'conv'",
+    ),
+    error(
+        "five_axes_of_row_lmo",
+        lambda: dm.row_lmo().init({"conv": {"kernel": jnp.ones((2, 2, 2, 3, 4))}}),
+        ValueError,
+        "leaf 'conv/kernel', of shape (2, 2, 2, 3, 4)",
+        "for a convolution, with 'conv'",
+    ),
+    error(
+        "dimension_numbers_of_an_unknown_name",
+        lambda: dm.sign_lmo(dimension_numbers="convs"),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        "dimension_numbers must be one of ['conv'], got 'convs'",
+        "Did you mean 'conv'?",
+    ),
+    error(
+        "dimension_numbers_of_an_unknown_name_by_pattern",
+        lambda: dm.row_lmo(dimension_numbers={"stem": "convs"}).init(KERNELS),  # pyright: ignore[reportArgumentType]
+        ValueError,
+        "dimension_numbers of leaf 'stem/kernel' must be one of ['conv'], got 'convs'",
+        "Did you mean 'conv'?",
+    ),
+    error(
+        "integers_in_rms_lmo",
+        lambda: dm.rms_lmo().init({"count": jnp.ones(3, int)}),
+        TypeError,
+        "must be of a floating-point dtype, got int32",
+    ),
+]
+
+RADIUS_ERRORS = [
+    error(
+        "radius_of_norm_lmo_negative",
+        lambda: dm.norm_lmo(dm.sign_norm(), -1.0),
+        ValueError,
+        "radius must be positive and finite, got -1.0",
+    ),
+    error(
+        "radius_of_rms_lmo_zero",
+        lambda: dm.rms_lmo(0),
+        ValueError,
+        "radius must be positive and finite, got 0",
+    ),
+    error(
+        "radius_of_sign_lmo_a_string",
+        lambda: dm.sign_lmo("0.1"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "radius must be a number or a scalar array, got '0.1'",
+    ),
+    error(
+        "step_size_negative",
+        lambda: dm.sign_sharp(-0.5),
+        ValueError,
+        "step_size must be positive and finite, got -0.5",
+    ),
+    error(
+        "step_size_infinite",
+        lambda: dm.newton_schulz_sharp(float("inf")),
+        ValueError,
+        "step_size must be positive and finite, got inf",
+    ),
+    error(
+        "step_size_adaptive",
+        lambda: dm.svd_sharp(dm.adaptive_radius(1.0)),
+        TypeError,
+        "step_size multiplies the dual norm already",
+        "dm.newton_schulz_lmo(dm.adaptive_radius(l0, l1))",
+    ),
+    error(
+        "step_size_adaptive_by_pattern",
+        lambda: dm.norm_sharp(dm.rms_norm(), {"stem": 1.0, "head": dm.adaptive_radius(1.0)}),
+        TypeError,
+        "step_size multiplies the dual norm already",
+    ),
+    error(
+        "radius_mapping_empty",
+        lambda: dm.rms_lmo({}),
+        ValueError,
+        "radius is an empty mapping",
+        "give a number, or a pattern for each leaf",
+    ),
+    error(
+        "radius_pattern_without_match",
+        lambda: dm.rms_lmo({"stem": 1.0, "mit": 1.0, "head": 1.0}).init(PARAMS),
+        ValueError,
+        "radius: pattern 'mit' matches no leaf",
+        "Did you mean 'mid'?",
+    ),
+    error(
+        "radius_leaf_that_matches_twice",
+        lambda: dm.rms_lmo({"stem": 1.0, "mid": 1.0, "head": 1.0, "mid/bias": 2.0}).init(PARAMS),
+        ValueError,
+        "radius: leaf 'mid/bias' matches both 'mid' and 'mid/bias'",
+    ),
+    error(
+        "radius_leaf_without_pattern",
+        lambda: dm.rms_lmo({"stem": 1.0, "head": 1.0}).init(PARAMS),
+        ValueError,
+        "radius has no pattern for ['mid/bias', 'mid/kernel']",
+        "every leaf needs one",
+        "['stem', 'head']",
+    ),
+    error(
+        "step_size_leaf_without_pattern",
+        lambda: dm.rms_sharp({"stem": 1.0, "head": 1.0}).init(PARAMS),
+        ValueError,
+        "step_size has no pattern for ['mid/bias', 'mid/kernel']",
+    ),
+    error(
+        "radius_mapping_nested",
+        lambda: dm.rms_lmo({"stem": {"kernel": 1.0}}),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "radius['stem'] is a mapping again; write one pattern of both",
+    ),
+    error(
+        "radius_pattern_that_is_no_string",
+        lambda: dm.rms_lmo({0: 1.0}).init(PARAMS),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "radius",
+        "patterns, which are strings",
+        "0",
+    ),
+    error(
+        "radius_negative_by_pattern",
+        lambda: dm.rms_lmo({"stem": 1.0, "head": -1.0}),
+        ValueError,
+        "radius['head'] must be positive and finite, got -1.0",
+    ),
+    error(
+        "radius_no_number_by_pattern",
+        lambda: dm.rms_lmo({"stem": None}),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "radius['stem'] must be a number or a scalar array, got None",
+    ),
+    error(
+        "adaptive_radius_with_negative_l0",
+        lambda: dm.adaptive_radius(-1.0),
+        ValueError,
+        "l0 must be at least 0 and finite, got -1.0",
+    ),
+    error(
+        "adaptive_radius_with_negative_l1",
+        lambda: dm.adaptive_radius(1.0, -2.0),
+        ValueError,
+        "l1 must be at least 0 and finite, got -2.0",
+    ),
+    error(
+        "adaptive_radius_of_zeros",
+        lambda: dm.adaptive_radius(0, 0.0),
+        ValueError,
+        "l0 and l1 are both 0, which makes the radius infinite",
+    ),
+    error(
+        "adaptive_radius_of_words",
+        lambda: dm.adaptive_radius("1"),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "l0 must be a number or a scalar array, got '1'",
+    ),
+    error(
+        "gluon_radius_negative",
+        lambda: dm.gluon_radius(-1),
+        ValueError,
+        "radius must be positive and finite, got -1",
+    ),
+]
+
 OPTIMIZER_ERRORS = [
     error(
         "decay_of_one",
@@ -990,7 +1294,15 @@ def assert_message(exception: type[Exception], words: tuple[str, ...], function:
 
 @pytest.mark.parametrize(
     ("function", "exception", "words"),
-    [*LAYER_ERRORS, *MASK_ERRORS, *SAMPLING_ERRORS, *LMO_ERRORS, *OPTIMIZER_ERRORS],
+    [
+        *LAYER_ERRORS,
+        *MASK_ERRORS,
+        *SAMPLING_ERRORS,
+        *LMO_ERRORS,
+        *NORM_ERRORS,
+        *RADIUS_ERRORS,
+        *OPTIMIZER_ERRORS,
+    ],
 )
 def test_bad_input_is_named_with_the_way_out(function, exception, words):
     assert_message(exception, words, function)
@@ -1015,6 +1327,7 @@ def test_a_seed_that_is_no_integer_is_a_type_error(seed):
     ("name", "factory"),
     [
         pytest.param("radius", dm.newton_schulz_lmo, id="newton_schulz_lmo"),
+        pytest.param("step_size", dm.sign_sharp, id="sign_sharp"),
         pytest.param("decay", dm.momentum, id="momentum"),
         pytest.param("learning_rate", drop_muon, id="drop_muon"),
     ],

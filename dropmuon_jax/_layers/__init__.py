@@ -3,7 +3,7 @@
 from dropmuon_jax._layers._by_path import layers_by_path
 from dropmuon_jax._layers._by_trace import trace_layers
 from dropmuon_jax._layers._layers import Layers, check_layers
-from dropmuon_jax._layers._paths import leaf_keys, leaf_paths
+from dropmuon_jax._layers._paths import leaf_keys, leaf_paths, masked_paths
 from dropmuon_jax._layers._patterns import match_leaves
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "layers_by_path",
     "leaf_keys",
     "leaf_paths",
+    "masked_paths",
     "match_leaves",
     "trace_layers",
 ]

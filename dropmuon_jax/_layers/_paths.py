@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import optax
 from jax.tree_util import GetAttrKey, KeyPath
 
 _NNX_VALUE = GetAttrKey("value")
@@ -36,3 +37,17 @@ def leaf_paths(tree: Any) -> list[str]:
         return path[:-1] if wraps_one_value else path
 
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
+
+
+def masked_paths(tree: Any) -> list[str]:
+    """The paths of what `chain_subtrees` has sent through another chain."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, node in nodes
+        if is_masked(node)
+    ]

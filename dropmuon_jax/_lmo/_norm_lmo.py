@@ -1,5 +1,6 @@
 """A norm as a transformation: the steepest step in its ball, or its sharp operator."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def norm_lmo(
     """
     check_radius("radius", radius)
 
-    return _steepest_step(norm, "radius", radius, step_length, dimension_numbers, memory_limit)
+    lengths = functools.partial(step_length, "radius")
+    return _steepest_step(norm, "radius", radius, lengths, dimension_numbers, memory_limit)
 
 
 def norm_sharp(
@@ -152,7 +154,7 @@ def norm_sharp(
 
     def lengths(leaf_size: Any, count: Array | None, dual_norm: Callable[[], Array]) -> Array:
         dual = dual_norm()
-        return step_length(leaf_size, count, dual_norm).astype(dual.dtype) * dual
+        return step_length("step_size", leaf_size, count, dual_norm).astype(dual.dtype) * dual
 
     return _steepest_step(norm, "step_size", step_size, lengths, dimension_numbers, memory_limit)
 

@@ -4,6 +4,7 @@ A matrix is (fan-in, fan-out), as a Flax kernel: the papers' Wᵀ. A direction D
 the unit ball with the largest ⟨G, D⟩, which is then ‖G‖*; of a zero matrix it is zero.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dropmuon_jax._orthogonalize import Orthogonalize, map_stacks, svd_polar_factor
+from dropmuon_jax._orthogonalize import (
+    Orthogonalize,
+    finite_or_nan,
+    map_stacks,
+    svd_polar_factor,
+    to_unit_entries,
+)
 
 Stack = Float[Array, "batch fan_in fan_out"]
 Numbers = Float[Array, " batch"]
@@ -30,6 +37,7 @@ class Geometry(NamedTuple):
     """What `direction` is made of, where it takes many matrices at once."""
 
 
+@functools.cache
 def spectral(orthogonalize: Orthogonalize | None) -> Geometry:
     """‖X‖ = σ₁, ‖G‖* = Σσ, D = UVᵀ, exact or by a kernel that approximates UVᵀ."""
 
@@ -49,7 +57,9 @@ def spectral(orthogonalize: Orthogonalize | None) -> Geometry:
 
 
 def _first_singular_pair(g: Stack) -> Stack:
-    u, s, vt = jnp.linalg.svd(g, full_matrices=False)
+    if g.size == 0:
+        return g
+    u, s, vt = jnp.linalg.svd(finite_or_nan(g), full_matrices=False)
     return jnp.where(s[..., :1, None] == 0, 0, u[..., :, :1] * vt[..., :1, :])
 
 
@@ -111,29 +121,27 @@ def inner(x: Stack, y: Stack) -> Numbers:
 
 def largest_singular_value(x: Stack) -> Numbers:
     """σ₁, from the smaller Gram matrix: as accurate as an SVD for the largest, and cheaper."""
-    largest = jnp.max(jnp.abs(x), BOTH, keepdims=True, initial=0)
-    y = x / jnp.where(largest == 0, 1, largest)  # entries up to 1, whose squares are numbers
-    y = y if x.shape[-2] <= x.shape[-1] else y.mT
-    if y.shape[-2] == 0:
+    if x.size == 0:
         return jnp.zeros(len(x), x.dtype)
+    y, exponent = to_unit_entries(finite_or_nan(x))
+    y = y if x.shape[-2] <= x.shape[-1] else y.mT
     gram = jnp.matmul(y, y.mT, precision="highest")
-    eigenvalues = jnp.linalg.eigvalsh(gram)[..., -1]
-    return largest[..., 0, 0] * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    largest = jnp.linalg.eigvalsh(gram)[..., -1]
+    return jnp.ldexp(jnp.sqrt(jnp.maximum(largest, 0)), exponent[..., 0, 0])
 
 
 def _singular_values(x: Stack) -> Array:
-    return jnp.linalg.svd(x, compute_uv=False)
+    return jnp.linalg.svd(finite_or_nan(x), compute_uv=False)
 
 
 def _length(x: Stack, axes: int | tuple[int, int]) -> Array:
     """‖x‖₂ along axes, of numbers of any size."""
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    y = x / jnp.where(largest == 0, 1, largest)
-    return jnp.squeeze(largest, axes) * jnp.sqrt(jnp.sum(y**2, axes))
+    y, exponent = to_unit_entries(x, axes)
+    return jnp.ldexp(jnp.sqrt(jnp.sum(y**2, axes)), jnp.squeeze(exponent, axes))
 
 
 def _unit(x: Stack, axes: int | tuple[int, int]) -> Stack:
     """x/‖x‖₂ along axes, of numbers of any size; zero of zero."""
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    y = x / jnp.where(largest == 0, 1, largest)
-    return y / jnp.where(largest == 0, 1, jnp.sqrt(jnp.sum(y**2, axes, keepdims=True)))
+    y, _ = to_unit_entries(x, axes)
+    length = jnp.sqrt(jnp.sum(y**2, axes, keepdims=True))
+    return y / jnp.where(length == 0, 1, length)

@@ -83,6 +83,7 @@ class Norm:
 
     def lmo(self, gradient: Array, radius: float | Array = 1.0) -> Array:
         """-radius · D, the argmin of ⟨G, Z⟩ over ‖Z‖ ≤ radius; ⟨G, -radius · D⟩ = -radius ‖G‖*."""
+        check_positive("radius", radius)
         stack, restore, factor = self._view(gradient)
         size = jnp.asarray(radius, stack.dtype) * factor
         return restore(-size * self.geometry.direction(stack)).astype(gradient.dtype)
@@ -102,8 +103,7 @@ class Norm:
         """
         check_floating("dtype", dtype)
         leaf = jnp.zeros(shape, dtype)
-        (axes,) = self.axes(leaf, "conv" if len(shape) > 2 else None)
-        return self.init_leaf(key, leaf, axes)
+        return self.init_leaf(key, leaf, self._axes_of_one(leaf))
 
     def init_leaf(self, key: PRNGKeyArray, leaf: Array, axes: MatrixAxes) -> Array:
         """As `init`, of an array with these axes: each matrix of a batch has norm 1."""
@@ -112,24 +112,31 @@ class Norm:
         stack, restore = to_matrices(leaf, axes)
         sizes = matrix_shape(leaf, axes)
         wide = np.promote_types(leaf.dtype, np.float32)
-        keys = jax.random.split(key, len(stack))
-        drawn = jnp.stack([self.geometry.draw(key, sizes[:2], wide) for key in keys])
+        draw = jax.vmap(lambda one: self.geometry.draw(one, sizes[:2], wide))
+        drawn = draw(jax.random.split(key, len(stack)))
         return restore(drawn * self.factor(sizes)).astype(leaf.dtype)
 
     def initializer(self, radius: float = 1.0) -> Callable[..., Array]:
         """`init` times the radius, a point on the boundary, for `nn.Dense(kernel_init=…)`."""
         check_positive("radius", radius)
-        return lambda key, shape, dtype=jnp.float32, **_: radius * self.init(key, shape, dtype)
+
+        def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any):
+            unit = self.init(key, shape, dtype)
+            return jnp.asarray(radius, unit.dtype) * unit
+
+        return init
 
     def factor(self, shape: MatrixShape) -> float:
-        """The shape factor of a matrix."""
-        return SHAPE_FACTORS[self.shape_factor](shape)
+        """The shape factor of a matrix; of an empty one any."""
+        return SHAPE_FACTORS[self.shape_factor](MatrixShape(*(max(1, size) for size in shape)))
 
     def axes(self, tree: Any, dimension_numbers: DimensionNumbers | None) -> list[MatrixAxes]:
         """How this norm looks at each leaf of a tree; an error for a leaf that it cannot take."""
         if self.of == "whole leaves":
-            for leaf in jax.tree.leaves(tree):
-                check_floating("a leaf", leaf.dtype)
+            if dimension_numbers is not None:
+                raise ValueError(
+                    f"{self} is of whole leaves, whatever their axes: leave out dimension_numbers."
+                )
             return vector_axes(tree)
         vectors = self.of == "matrices and vectors"
         return matrix_axes(tree, dimension_numbers, vectors=vectors)
@@ -141,7 +148,18 @@ class Norm:
                 f"A norm takes one array, got {describe(x)}. Use jax.tree.map for a tree."
             )
         x = jnp.asarray(x)
-        (axes,) = self.axes(x, "conv" if x.ndim > 2 else None)
+        axes = self._axes_of_one(x)
         stack, restore = to_matrices(x, axes)
         wide = stack.astype(np.promote_types(x.dtype, np.float32))
         return wide, restore, self.factor(matrix_shape(x, axes))
+
+    def _axes_of_one(self, x: Array) -> MatrixAxes:
+        """The axes of an array that stands for itself, in no tree."""
+        check_floating("the array", x.dtype)
+        if self.of == "matrices" and x.ndim < 2:
+            raise ValueError(
+                f"{self} is of matrices (in, out) and convolutions (*window, in, out), got an "
+                f"array of shape {x.shape}."
+            )
+        (axes,) = self.axes(x, "conv" if x.ndim > 2 and self.of != "whole leaves" else None)
+        return axes

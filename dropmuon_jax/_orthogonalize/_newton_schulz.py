@@ -26,6 +26,7 @@ from dropmuon_jax._orthogonalize._products import (
     accelerator_products,
     cpu_products,
 )
+from dropmuon_jax._orthogonalize._scaling import to_unit_entries
 from dropmuon_jax._orthogonalize._segments import choose_segments
 
 Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
@@ -84,7 +85,7 @@ def newton_schulz(
         arithmetic = x.dtype if dtype is None else dtype
         wide = x.shape[-2] <= x.shape[-1]
         x = x if wide else x.mT  # XXᵀ is the smaller of the two Gram matrices
-        x = _to_unit_entries(x).astype(np.promote_types(arithmetic, np.float32))
+        x = to_unit_entries(x)[0].astype(np.promote_types(arithmetic, np.float32))
         x = jax.lax.platform_dependent(
             x,
             cpu=lambda x: _iterate(x, polynomials, cpu_products(arithmetic)),
@@ -122,15 +123,6 @@ def _iterate(
                 gram = symmetric_product(symmetric_product(gram, h), h)
         x = product(q if scale is None else q * scale.mT, x)
     return x
-
-
-def _to_unit_entries(x: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
-    """Each matrix times a power of two, exactly, so that its largest entry is in [1/2, 1).
-
-    The squares of 1e-30 and of 1e30 are then in range.
-    """
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0))
-    return jnp.ldexp(x, -exponent)
 
 
 def _safe_rsqrt(x: Array) -> Array:
