@@ -10,12 +10,14 @@ import numpy as np
 
 from dropmuon_jax._layers import leaf_paths, match_leaves
 
-_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls"}
-_HEADS = {"head", "lm_head", "output_head", "classifier", "logits", "unembed", "unembedding"}
+_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls", "table"}
+_HEADS = {"head", "classifier", "logits", "unembed", "unembedding"}
 _MATRIX_ROLES = ("hidden", "head", "tied_head", "embedding")
 ROLES = (*_MATRIX_ROLES, "bias")
 # timm's eligibility rule for Muon (timm/optim/muon.py); beyond it a matrix looks like a table.
 _MAX_ASPECT_RATIO = 128
+# Of the square window of a convolution that is not called one; patch embeddings have 14 and 16.
+_MAX_WINDOW = 16
 
 
 def matrix_labels(params: Any) -> Any:
@@ -27,8 +29,8 @@ def matrix_labels(params: Any) -> Any:
     * is called `bias` or `scale`, of however many axes: the biases of attention heads and the
       norms of scanned layers are stacked vectors, or
     * has a word of a path component (`Embed_0`, `pos_embedding`, `tok_embeddings`) among `embed`,
-      `embedding`, `embeddings`, `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case:
-      rows of a table are looked up or added, not multiplied.
+      `embedding`, `embeddings`, `embedder`, `emb`, `wte`, `wpe`, `cls`, `table`, in upper or lower
+      case: rows of a table are looked up or added, not multiplied.
 
     Everything else is "matrix". Print the labels once before a long run; to decide otherwise,
     change the returned tree or write your own.
@@ -68,16 +70,19 @@ def role_labels(
 
     The first rule that fits a leaf counts:
 
-    1. A pattern of `roles` matches its path: that role. But a vector, or a leaf called `bias` or
-       `scale`, stays "bias" where its module is called hidden, head or embedding.
+    1. A pattern of `roles` matches its path: that role. (A pattern that names a module as hidden,
+       head or embedding leaves its vectors, and what is called `bias` or `scale`, to rule 2; one
+       that names the leaf itself does not.)
     2. It has fewer than two axes, or is called `bias` or `scale`: "bias".
     3. A word of its path (`Embed_0`, `tok_embeddings`) is among `embed`, `embedding`, `embeddings`,
-       `embedder`, `emb`, `wte`, `wpe`, `cls`, in upper or lower case: "embedding".
-    4. A whole component of its path is among `head`, `lm_head`, `output_head`, `classifier`,
-       `logits`, `unembed`, `unembedding`: "head".
-    5. It is ambiguous, which is an error: a convolution with one channel in, which may be depthwise
-       or the first of grey images; or a matrix with one side more than 128 times the other, which
-       looks like an embedding under another name.
+       `embedder`, `emb`, `wte`, `wpe`, `cls`, `table`, in upper or lower case, it is not called
+       `kernel`, and all but its last two axes have length 1: "embedding".
+    4. A whole component of its path is among `head`, `classifier`, `logits`, `unembed`,
+       `unembedding`, or ends with `_head` (`lm_head`, not `multi_head`): "head".
+    5. It is ambiguous, which is an error: more than two axes with one channel in, which may be a
+       depthwise convolution or the first of grey images; four axes without a square window up to
+       16 and without `conv` in its path, which may be stacked attention; or a matrix that is not
+       called `kernel` with one side more than 128 times the other, which looks like a table.
     6. "hidden".
 
     A network in which no leaf is a head is an error too: names such as `Dense_3` do not tell. A
@@ -147,25 +152,29 @@ def role_table(
 
 def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]:
     paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+    if not isinstance(roles, Mapping):
+        raise TypeError(f"roles must be a mapping from path patterns to roles, got {roles!r}.")
     for pattern, role in roles.items():
         if not isinstance(role, str):
             raise TypeError(f"roles maps path patterns to role names, got {pattern!r}: {role!r}.")
     told = match_leaves("roles", roles, paths)
     assigned = []
     for path, leaf in zip(paths, leaves, strict=True):
-        shape = tuple(np.shape(leaf))
-        if path in told and not (told[path].value in _MATRIX_ROLES and _is_vector(path, leaf)):
-            role, reason = told[path].value, f"'{told[path].pattern}'"
-        else:
+        shape, match = tuple(np.shape(leaf)), told.get(path)
+        of_module = match is not None and match.value in _MATRIX_ROLES and not match.names_leaf
+        if match is None or (of_module and _is_vector(path, leaf)):
             role, reason = _role_by_rules(path, shape, leaf)
+        else:
+            role, reason = match.value, f"'{match.pattern}'"
         assigned.append(Role(path, shape, role, reason))
     # Without leaves, params is the placeholder of optax.tree.map_params.
     if has_head and paths and not any(leaf.role in ("head", "tied_head") for leaf in assigned):
         hidden = [leaf.path for leaf in assigned if leaf.role in ("hidden", "embedding")]
+        last = max((leaf.path for leaf in assigned if leaf.role == "hidden"), default="…")
         raise ValueError(
-            f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}). Name it among "
-            f"{hidden}: roles={{'{hidden[-1] if hidden else '…'}': 'head'}}, or 'tied_head' for an "
-            "embedding that is the output layer too; or say has_head=False."
+            f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}, or *_head). Name it "
+            f"among {hidden}: roles={{'{last}': 'head'}}, or 'tied_head' for an embedding that is "
+            "the output layer too; or say has_head=False."
         )
     return assigned
 
@@ -173,24 +182,39 @@ def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]
 def _role_by_rules(path: str, shape: tuple[int, ...], leaf: Any) -> tuple[str, str]:
     if _is_vector(path, leaf):
         return "bias", "vector" if len(shape) < 2 else "its name"
-    if _is_table(path):
+    name, window, lower = path.rsplit("/", 1)[-1], shape[:-2], path.lower()
+    if _is_table(path) and name != "kernel" and set(window) <= {1}:
         return "embedding", "its path"
-    if not _HEADS.isdisjoint(path.lower().split("/")):
+    if any(_is_head(component) for component in lower.split("/")):
         return "head", "its path"
-    if len(shape) >= 4 and shape[-2] == 1 and math.prod(shape[:-2]) > 1:
+    if math.prod(window) > 1 and shape[-2] == 1:
         raise ValueError(
             f"Leaf '{path}' of shape {shape} may be a depthwise convolution, whose channels no "
             "matrix norm may mix, or the first of grey images. Say which: "
             f"roles={{'{path}': 'hidden'}}, or a role of your own, such as 'depthwise', with "
             "lmos={'depthwise': dm.row_lmo(…)}."
         )
-    if len(shape) == 2 and max(shape) > _MAX_ASPECT_RATIO * min(shape):
+    square = len(set(window)) == 1 and window[0] <= _MAX_WINDOW
+    if len(shape) == 4 and not square and "conv" not in lower:
+        raise ValueError(
+            f"Leaf '{path}' of shape {shape} may be a convolution with a window of "
+            f"{window[0]}×{window[1]}, or a stack of attention or expert kernels. Say that it is "
+            f"one, roles={{'{path}': 'hidden'}}, and of a stack the axes, in dimension_numbers."
+        )
+    extreme = len(shape) == 2 and max(shape) > _MAX_ASPECT_RATIO * min(shape)
+    if extreme and name != "kernel":
         raise ValueError(
             f"Leaf '{path}' of shape {shape} looks like a table of embeddings, with one side more "
             f"than {_MAX_ASPECT_RATIO} times the other. Say what it is: roles={{'{path}': "
             "'embedding'}, or 'hidden' or 'head'."
         )
-    return "hidden", "matrix" if len(shape) == 2 else f"{len(shape)} axes"
+    if len(shape) == 2:
+        return "hidden", "matrix"
+    return "hidden", f"window {'×'.join(map(str, window))}" if square else f"{len(shape)} axes"
+
+
+def _is_head(component: str) -> bool:
+    return component in _HEADS or (component.endswith("_head") and component != "multi_head")
 
 
 def _is_vector(path: str, leaf: Any) -> bool:

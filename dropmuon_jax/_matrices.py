@@ -97,13 +97,14 @@ def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None, vectors: bool) ->
         )
     if spec is None or isinstance(spec, str):
         check_choice(f"dimension_numbers of leaf '{path}'", spec or "conv", ["conv"])
-        if spec is None and ndim not in (2, 4):
+        # (1, in, out) is the same matrix as a batch of one and as a window of one.
+        if spec is None and ndim not in (2, 4) and set(shape[:-2]) != {1}:
             raise ValueError(
                 f"An LMO of matrices cannot tell which axes of leaf '{path}', of shape {shape}, "
                 f"are fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
                 "may be a pattern such as 'query/kernel' and axes in neither are batch axes, or, "
-                "for a convolution, with 'conv'. In dm.drop_muon, give "
+                "for a convolution, with 'conv'. In dm.muon and dm.drop_muon, it goes into "
                 "lmo=dm.newton_schulz_lmo(shape_factor='muon', …)."
             )
         return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,), tuple(range(ndim - 2)))

@@ -28,7 +28,8 @@ def momentum(
     .. math::
         M \leftarrow \text{decay}\, M + (1 - \text{decay})\, G
 
-    starting from M = 0, without bias correction, whose one factor an LMO would not see. With
+    starting from M = 0, without bias correction: one factor, which an LMO does not see, and a sharp
+    form or an adaptive radius does, in the first 1 / (1 - decay) steps of a layer. With
     `nesterov` the update is decay · M + (1 - decay) · G, of the new M; optax.contrib.muon corrects
     both terms, by different factors, so that first steps differ. The gradient's sign is kept.
 

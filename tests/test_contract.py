@@ -50,6 +50,9 @@ MATRIX_LAYERS = dm.layers_by_path(random_tree(0, biases=False), NAMES)
 LMO = dm.newton_schulz_lmo(0.3, shape_factor="muon", num_steps=2)
 
 
+RADII = {"head": 2.0, "bias": 0.5}  # of Scion and Gluon; hidden matrices have the LMO above
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A public transformation, and what the contract must know of it."""
@@ -136,8 +139,19 @@ CASES = {
         promotes=True,
         descends=True,
     ),
+    "drop_scion": Case(
+        lambda: dm.drop_scion(0.1, LAYERS, dm.uniform_depth(), RADII, seed=1, lmos={"hidden": LMO}),
+        promotes=True,
+        descends=True,
+    ),
+    "gluon": Case(
+        lambda: dm.gluon(dm.gluon_radius(0.1), RADII, lmos={"hidden": LMO}),
+        takes_mask=False,
+        descends=True,
+    ),
 }
 MASKED = {name: case for name, case in CASES.items() if case.takes_mask}
+REQUIRING_A_MASK = ("layer_mask_sampler", "drop_muon", "drop_scion")
 REMEMBERING = {name: case for name, case in MASKED.items() if case.has_memory}
 
 
@@ -187,6 +201,7 @@ def layer_of_path(path: str) -> int | None:
     """The layer that a leaf of a state belongs to; none for the counts of all layers."""
     if found := re.search(r"\.inner_states\[(\d+)\]", path):
         return int(found[1])
+    path = re.sub(r"\.inner_states\['\w+'\]", "", path)  # Scion's role "head" is no layer's name
     return next((i for i, name in enumerate(NAMES) if f"['{name}']" in path), None)
 
 
@@ -694,9 +709,7 @@ def test_unrelated_extra_arguments_pass(case):
     assert_same_bits(result, tx.update(grads, state, params, **mask))
 
 
-@over(
-    {name: case for name, case in MASKED.items() if name not in ("layer_mask_sampler", "drop_muon")}
-)
+@over({name: case for name, case in MASKED.items() if name not in REQUIRING_A_MASK})
 def test_without_a_mask_every_layer_is_active(case):
     tx, params, grads = case.tx, case.tree(0), case.tree(1)
     state = tx.init(params)

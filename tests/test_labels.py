@@ -61,13 +61,42 @@ def test_a_network_of_nnx():
     params = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
     labels = dm.role_labels(params)
     assert jax.tree.leaves(labels) == ["bias", "head", "bias", "hidden"]
-    assert "stem/kernel  3×3×3×8  hidden  4 axes" in dm.role_table(params)
+    assert "stem/kernel  3×3×3×8  hidden  window 3×3" in dm.role_table(params)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "role"),
+    [
+        ("pos_embedding", (1, 17, 32), "embedding"),
+        ("cls", (1, 1, 32), "embedding"),
+        ("relative_position_bias_table", (49, 3), "embedding"),
+        ("lookup", (4, 512), "hidden"),  # one side 128 times the other
+        # Of a module that is called after a table, kernels are matrices all the same.
+        ("cls/predictions/transform/dense/kernel", (8, 8), "hidden"),
+        ("embedding/kernel", (4, 4, 3, 32), "hidden"),
+        ("time_emb/Dense_0/kernel", (8, 32), "hidden"),
+        ("Dense_0/kernel", (3136, 16), "hidden"),  # behind a flattened image
+        ("conv_init/kernel", (7, 5, 3, 64), "hidden"),
+        ("value_head/kernel", (8, 1), "head"),
+        ("multi_head/query/kernel", (8, 8), "hidden"),
+        ("norm/scale", (6, 8), "bias"),
+    ],
+)
+def test_leaves_as_they_are_called_in_public_networks(path, shape, role):
+    assert dm.role_labels({path: jnp.zeros(shape)}, has_head=False) == {path: role}
 
 
 def test_a_pattern_comes_before_every_rule():
     params = {"head": jnp.ones((4, 2)), "wte": jnp.ones((9, 4)), "bias": jnp.ones((3, 4))}
     roles = {"head": "hidden", "wte": "tied_head", "bias": "gate"}
     assert dm.role_labels(params, roles) == roles
+
+
+def test_a_pattern_that_names_a_leaf_called_bias_decides():
+    params = {"mixer": {"bias": jnp.ones((4, 8))}}
+    assert dm.role_labels(params, {"mixer/bias": "hidden"}, has_head=False) == {
+        "mixer": {"bias": "hidden"}
+    }
 
 
 def test_the_bias_of_a_head_is_a_bias():
@@ -96,9 +125,19 @@ def test_labels_go_into_chain_subtrees():
             ["'Conv_0'", "depthwise", "grey images", "roles={'Conv_0': 'hidden'}"],
         ),
         (
-            {"table": jnp.ones((999, 4)), "head": jnp.eye(3)},
+            {"lookup": jnp.ones((4, 516)), "head": jnp.eye(3)},
             None,
-            ["'table'", "(999, 4)", "looks like a table", "roles={'table': 'embedding'}"],
+            ["'lookup'", "(4, 516)", "looks like a table", "roles={'lookup': 'embedding'}"],
+        ),
+        (
+            {"blocks": {"query": {"kernel": jnp.ones((3, 16, 2, 8))}}, "head": jnp.eye(3)},
+            None,
+            ["'blocks/query/kernel'", "window of 3×16", "stack of attention", "dimension_numbers"],
+        ),
+        (
+            {"conv1d": jnp.ones((4, 1, 32)), "head": jnp.eye(3)},
+            None,
+            ["'conv1d'", "depthwise"],
         ),
         (
             {"Dense_0": jnp.eye(3), "head": jnp.eye(3)},
@@ -111,7 +150,7 @@ def test_labels_go_into_chain_subtrees():
             ["leaf 'block/kernel' matches both 'block' and 'kernel'"],
         ),
     ],
-    ids=["no_head", "one_channel", "table", "no_match", "two_roles"],
+    ids=["no_head", "one_channel", "table", "stack", "depthwise_1d", "no_match", "two_roles"],
 )
 def test_what_is_ambiguous_is_an_error_that_says_the_way_out(params, roles, words):
     for make in (dm.role_labels, dm.role_table):
@@ -138,7 +177,11 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
         (lambda: scion(0.1, 50.0), TypeError, ["radii must be a mapping", "50.0"]),
         (lambda: scion(1.5, RADII), ValueError, ["learning_rate", "at most 1", "1.5"]),
         (lambda: scion(-1.0, RADII), ValueError, ["learning_rate must be at least 0"]),
-        (lambda: scion(0.1, {**RADII, "head": -2.0}), ValueError, ["radius must be positive"]),
+        (
+            lambda: scion(0.1, {**RADII, "head": -2.0}),
+            ValueError,
+            ["radii['head'] must be positive"],
+        ),
         (
             lambda: scion(0.1, {"hidden": 1.0, "head": 2.0}),
             ValueError,
@@ -153,6 +196,64 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
             lambda: scion(0.1, RADII, momentum=0.9),
             TypeError,
             ["momentum must be an optax.GradientTransformation"],
+        ),
+        (
+            lambda: scion(0.1, {**RADII, "head": dm.adaptive_radius(1.0)}),
+            ValueError,
+            ["radii['head'] is adaptive", "constrained=False"],
+        ),
+        (
+            lambda: scion(optax.constant_schedule(2.0), RADII),
+            ValueError,
+            ["learning_rate", "at most 1", "2.0"],
+        ),
+        (lambda: scion(dm.gluon_radius, RADII), TypeError, ["dm.gluon_radius itself: call it"]),
+        (
+            lambda: scion(0.1, RADII, lmos={"hiden": dm.svd_lmo(1.0)}),
+            ValueError,
+            ["lmos names the role 'hiden'", "Did you mean 'hidden'"],
+        ),
+        (
+            lambda: scion(0.1, RADII, lmos={"hidden": dm.spectral_norm()}),
+            TypeError,
+            ["lmos['hidden']", "dm.norm_lmo"],
+        ),
+        (lambda: scion(0.1, RADII, roles=["head"]), TypeError, ["roles must be a mapping"]),
+        (lambda: scion(0.1, RADII, lmos=[dm.svd_lmo()]), TypeError, ["lmos must be a mapping"]),
+        (
+            lambda: scion(0.1, RADII, roles={"Dense_0": "hiden"}),
+            ValueError,
+            ["Leaf 'Dense_0/bias' is 'hiden'", "Did you mean 'hidden'"],
+        ),
+        (
+            lambda: dm.scion(0.1, {"head": 1.0}).update(
+                {"head": jnp.eye(2)}, dm.scion(0.1, {"head": 1.0}).init({"head": jnp.eye(2)})
+            ),
+            ValueError,
+            ["constrained step", "pass them to update"],
+        ),
+        (
+            lambda: dm.drop_scion(
+                0.1,
+                dm.layers_by_path({"head": jnp.eye(2)}, ["head"]),
+                dm.uniform_depth(),
+                RADII,
+                seed=0,
+                momentum=optax.trace(0.9),
+            ),
+            ValueError,
+            ["momentum changes its state", "dm.per_layer"],
+        ),
+        (
+            lambda: dm.drop_muon(
+                0.1,
+                dm.layers_by_path({"head": jnp.eye(2)}, ["head"]),
+                dm.uniform_depth(),
+                seed=0,
+                momentum=optax.trace(0.9),
+            ),
+            ValueError,
+            ["momentum changes its state", "dm.per_layer"],
         ),
         (
             lambda: dm.scion_init(jax.random.key(0), {"head": jnp.eye(3)}, {"hidden": 1.0}),
@@ -170,7 +271,7 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
             ["gluon updates every layer", "use drop_gluon"],
         ),
     ],
-    ids=range(11),
+    ids=range(22),
 )
 def test_bad_arguments_of_scion_and_gluon_are_named(function, exception, words):
     with pytest.raises(exception, match="(?s)" + ".*".join(map(re.escape, words))):

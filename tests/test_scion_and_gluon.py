@@ -168,6 +168,29 @@ def test_a_tied_table_is_a_head_whose_fan_in_is_its_features():
     np.testing.assert_allclose(jnp.abs(drawn["wte"]), 8.0 / 2)
 
 
+def test_leaves_of_one_shape_start_from_different_draws():
+    params = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
+    drawn = dm.scion_init(jax.random.key(0), params, {"hidden": 1.0}, has_head=False)
+    assert not jnp.allclose(drawn["a"], drawn["b"])
+
+
+def test_the_default_momentum_is_that_of_the_gpt_recipe():
+    # https://github.com/LIONS-EPFL/scion: momentum 0.1, of the new gradient, in train_gpt_scion.py.
+    params, grads = {"head": jnp.zeros((2, 1))}, {"head": jnp.array([[1.0], [1.0]])}
+    tx = dm.scion(1.0, {"head": 1.0})
+    updates, state = tx.update(grads, tx.init(params), params)
+    # 0.9 · 0.1 - 0.1 · g changes sign at g = 0.9.
+    for g, sign in ((0.8, 1), (1.0, -1)):
+        updates, _ = tx.update({"head": jnp.array([[-g], [1.0]])}, state, params)
+        assert float(jnp.sign(-updates["head"][0, 0])) == sign
+
+
+def test_the_recipes_have_the_radii_of_the_paper():
+    # `scale` and `last_scale` of Scion's train_gpt_scion.py; the CNN of its README: 8 and 8 · 16.
+    assert dict(dm.SCION_GPT_RADII) == {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0}
+    assert dict(dm.SCION_CNN_RADII) == {"hidden": 8.0, "head": 128.0, "bias": 8.0}
+
+
 LAYERS = dm.layers_by_path(random_tree(0), ["embed", "conv", ("dense", "bias"), "head"])
 
 

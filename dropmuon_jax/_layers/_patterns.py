@@ -14,6 +14,8 @@ class Match(NamedTuple, Generic[T]):
 
     pattern: str
     value: T
+    names_leaf: bool
+    """Whether the pattern reaches to the end of the path; otherwise it names a module."""
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -54,19 +56,19 @@ def match_leaves(
         if not isinstance(pattern, str) or not pattern.strip("/"):
             raise TypeError(f"{argument} is by path patterns, which are strings, got {pattern!r}.")
         expression = compile_pattern(pattern)
-        hits = [path for path in paths if expression.search(path)]
+        hits = {path: found for path in paths if (found := expression.search(path))}
         if paths and not hits and not any(map(expression.search, elsewhere)):
             raise ValueError(
                 f"{argument}: pattern '{pattern}' matches no leaf of {list(paths)}."
                 f"{nearest_run(pattern, paths)}"
             )
-        for path in hits:
+        for path, found in hits.items():
             if path in matches:
                 raise ValueError(
                     f"{argument}: leaf '{path}' matches both '{matches[path].pattern}' and "
                     f"'{pattern}'."
                 )
-            matches[path] = Match(pattern, value)
+            matches[path] = Match(pattern, value, found.end() == len(path))
     return matches
 
 

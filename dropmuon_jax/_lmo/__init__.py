@@ -1,12 +1,9 @@
 """Linear minimization oracles (LMOs) as transformations, and the sharp form of each."""
 
-from dropmuon_jax._lmo._named import (
+from dropmuon_jax._lmo._by_leaf import euclidean_lmo, euclidean_sharp, rms_lmo, rms_sharp
+from dropmuon_jax._lmo._by_vector import (
     column_lmo,
     column_sharp,
-    euclidean_lmo,
-    euclidean_sharp,
-    rms_lmo,
-    rms_sharp,
     row_lmo,
     row_sharp,
     sign_lmo,

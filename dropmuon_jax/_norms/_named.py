@@ -104,7 +104,7 @@ def column_norm() -> Norm:
     A column is one of the papers' W = kernelᵀ, and so a *row* of a Flax kernel (in, out) and of an
     `nn.Embed` table (tokens, features): one vector of length fan-out for each input.
     ‖X‖ = max ‖column‖₂ / √fan-out, ‖G‖* = √fan-out Σ ‖column‖₂, D = √fan-out column / ‖column‖₂.
-    The columns of tokens that a batch has not are zero, and stay.
+    The columns of tokens that a batch has not are zero in its gradient, and have direction zero.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -138,8 +138,8 @@ def row_norm() -> Norm:
 def rms_norm() -> Norm:
     """The root mean square of a whole leaf: the norm of biases and scales in Scion.
 
-    ‖x‖ = ‖x‖₂ / √d, ‖g‖* = √d ‖g‖₂, D = √d g / ‖g‖₂ for a leaf of d entries, of any shape. `init`
-    gives zeros.
+    ‖x‖ = ‖x‖₂ / √d, ‖g‖* = √d ‖g‖₂, D = √d g / ‖g‖₂ for a leaf of d entries, of any shape: the
+    biases of layers or heads that are stacked in one leaf share its ball. `init` gives zeros.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm

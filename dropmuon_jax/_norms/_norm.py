@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dropmuon_jax._checks import check_floating, check_positive, describe
 from dropmuon_jax._matrices import (
     DimensionNumbers,
+    LeafNumbers,
     MatrixAxes,
     MatrixShape,
     matrix_axes,
@@ -34,10 +35,11 @@ class Norm:
         G^\sharp = \operatorname{argmax}_Z \langle G, Z \rangle - \tfrac12 \|Z\|^2
 
     with the signs of mathematics: lmo(G) = -radius · D and :math:`G^\sharp` = ‖G‖* · D for the same
-    D(G), the `direction`. Arrays are matrices (fan-in, fan-out), convolutions (\*window, in, out),
-    which are the matrices (window · in, out), or, for :func:`sign_norm`, :func:`rms_norm` and
-    :func:`euclidean_norm`, vectors. All methods are pure and can be transformed by JAX; use
-    `jax.vmap` for many arrays.
+    D(G), the `direction`. Arrays are matrices (fan-in, fan-out); with more axes convolutions
+    (\*window, in, out), which are the matrices (window · in, out), unless `dimension_numbers`, an
+    `optax.contrib.MuonDimensionNumbers`, say otherwise; or, for :func:`sign_norm`,
+    :func:`rms_norm` and :func:`euclidean_norm`, vectors. All methods are pure and can be
+    transformed by JAX; use `jax.vmap` for many arrays.
 
     Made by :func:`spectral_norm`, :func:`nuclear_norm`, :func:`sign_norm`, :func:`column_norm`,
     :func:`row_norm`, :func:`rms_norm` and :func:`euclidean_norm`; made into transformations by
@@ -66,36 +68,49 @@ class Norm:
     def __repr__(self) -> str:
         return self.name
 
-    def norm(self, x: Array) -> Float[Array, ""]:
+    def norm(self, x: Array, dimension_numbers: LeafNumbers | None = None) -> Float[Array, ""]:
         """‖X‖."""
-        stack, _, factor = self._view(x)
+        stack, _, factor = self._view(x, dimension_numbers)
         return self.geometry.norm(stack)[0] / factor
 
-    def dual_norm(self, gradient: Array) -> Float[Array, ""]:
+    def dual_norm(
+        self, gradient: Array, dimension_numbers: LeafNumbers | None = None
+    ) -> Float[Array, ""]:
         """‖G‖*."""
-        stack, _, factor = self._view(gradient)
+        stack, _, factor = self._view(gradient, dimension_numbers)
         return self.geometry.dual_norm(stack)[0] * factor
 
-    def direction(self, gradient: Array) -> Array:
+    def direction(self, gradient: Array, dimension_numbers: LeafNumbers | None = None) -> Array:
         """D with ‖D‖ ≤ 1 and ⟨G, D⟩ = ‖G‖*; zero for a zero array."""
-        stack, restore, factor = self._view(gradient)
+        stack, restore, factor = self._view(gradient, dimension_numbers)
         return restore(self.geometry.direction(stack) * factor).astype(gradient.dtype)
 
-    def lmo(self, gradient: Array, radius: float | Array = 1.0) -> Array:
+    def lmo(
+        self,
+        gradient: Array,
+        radius: float | Array = 1.0,
+        dimension_numbers: LeafNumbers | None = None,
+    ) -> Array:
         """-radius · D, the argmin of ⟨G, Z⟩ over ‖Z‖ ≤ radius; ⟨G, -radius · D⟩ = -radius ‖G‖*."""
         check_positive("radius", radius)
-        stack, restore, factor = self._view(gradient)
+        stack, restore, factor = self._view(gradient, dimension_numbers)
         size = jnp.asarray(radius, stack.dtype) * factor
         return restore(-size * self.geometry.direction(stack)).astype(gradient.dtype)
 
-    def sharp(self, gradient: Array) -> Array:
+    def sharp(self, gradient: Array, dimension_numbers: LeafNumbers | None = None) -> Array:
         """‖G‖* · D, the argmax of ⟨G, Z⟩ - ½‖Z‖², with ‖G‖* from ⟨G, D⟩."""
-        stack, restore, factor = self._view(gradient)
+        stack, restore, factor = self._view(gradient, dimension_numbers)
         direction = self.geometry.direction(stack) * factor
         dual_norm = inner(stack, direction)[:, None, None]
         return restore(dual_norm * direction).astype(gradient.dtype)
 
-    def init(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    def init(
+        self,
+        key: PRNGKeyArray,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+        dimension_numbers: LeafNumbers | None = None,
+    ) -> Array:
         """A random array of norm 1, or zeros for :func:`rms_norm`: an initializer of Flax and JAX.
 
         Orthogonal for the spectral norms, ±1 for the sign norms, and each column, row or array of
@@ -103,7 +118,7 @@ class Norm:
         """
         check_floating("dtype", dtype)
         leaf = jnp.zeros(shape, dtype)
-        return self.init_leaf(key, leaf, self._axes_of_one(leaf))
+        return self.init_leaf(key, leaf, self._axes_of_one(leaf, dimension_numbers))
 
     def init_leaf(self, key: PRNGKeyArray, leaf: Array, axes: MatrixAxes) -> Array:
         """As `init`, of an array with these axes: each matrix of a batch has norm 1."""
@@ -141,19 +156,21 @@ class Norm:
         vectors = self.of == "matrices and vectors"
         return matrix_axes(tree, dimension_numbers, vectors=vectors)
 
-    def _view(self, x: Array) -> tuple[Array, Callable[[Array], Array], float]:
+    def _view(
+        self, x: Array, numbers: LeafNumbers | None
+    ) -> tuple[Array, Callable[[Array], Array], float]:
         """The array as a stack of one matrix, in float32 at least, the way back, and the factor."""
         if not isinstance(x, jax.Array | np.ndarray):
             raise TypeError(
                 f"A norm takes one array, got {describe(x)}. Use jax.tree.map for a tree."
             )
         x = jnp.asarray(x)
-        axes = self._axes_of_one(x)
+        axes = self._axes_of_one(x, numbers)
         stack, restore = to_matrices(x, axes)
         wide = stack.astype(np.promote_types(x.dtype, np.float32))
         return wide, restore, self.factor(matrix_shape(x, axes))
 
-    def _axes_of_one(self, x: Array) -> MatrixAxes:
+    def _axes_of_one(self, x: Array, numbers: LeafNumbers | None) -> MatrixAxes:
         """The axes of an array that stands for itself, in no tree."""
         check_floating("the array", x.dtype)
         if self.of == "matrices" and x.ndim < 2:
@@ -161,5 +178,12 @@ class Norm:
                 f"{self} is of matrices (in, out) and convolutions (*window, in, out), got an "
                 f"array of shape {x.shape}."
             )
-        (axes,) = self.axes(x, "conv" if x.ndim > 2 and self.of != "whole leaves" else None)
+        if numbers is None and x.ndim > 2 and self.of != "whole leaves":
+            numbers = "conv"
+        (axes,) = self.axes(x, numbers)
+        if self.of != "whole leaves" and set(range(x.ndim)) > {*axes.fan_in, *axes.fan_out}:
+            raise ValueError(
+                f"An array of shape {x.shape} with these dimension_numbers is a batch of matrices: "
+                "take jax.vmap over its other axes."
+            )
         return axes

@@ -1,13 +1,14 @@
 """What the ready-made optimizers have in common: chains by role, and checks of their parts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from dropmuon_jax._checks import (
     check_extra_args,
@@ -15,7 +16,6 @@ from dropmuon_jax._checks import (
     check_transformation,
     describe,
     did_you_mean,
-    is_python_number,
 )
 from dropmuon_jax._labels import ROLES, role_labels
 from dropmuon_jax._layers import leaf_paths
@@ -23,10 +23,8 @@ from dropmuon_jax._lmo import norm_lmo
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._norms import Norm, column_norm, rms_norm, sign_norm, spectral_norm
 from dropmuon_jax._orthogonalize import newton_schulz
-from dropmuon_jax._radii import Radius
+from dropmuon_jax._radii import AdaptiveRadius, Radius, check_radius, distinct_radii, gluon_radius
 from dropmuon_jax._subtrees import chain_subtrees
-
-Freeze = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 # Scion's norms (Pethick et al., 2025, arXiv:2502.07529) by role.
 ROLE_NORMS: Mapping[str, Norm] = MappingProxyType(
@@ -52,41 +50,48 @@ def role_subtrees(
     roles: Mapping[str, str] | None,
     has_head: bool,
     dimension_numbers: DimensionNumbers | None,
-    freeze: Freeze,
+    drops_layers: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """A chain for each role: momentum, LMO, the pull to 0 of a constrained step, learning rate."""
+    """A chain for each role: momentum, LMO, the pull to 0 of a constrained step, learning rate.
+
+    Where layers are dropped, a sampler comes behind, which sets the updates of inactive ones to 0.
+    """
     check_rate("learning_rate", learning_rate)
-    if constrained and is_python_number(learning_rate) and learning_rate > 1:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(
-            f"learning_rate is the γ of (1 - γ)X + γ lmo, at most 1, got {learning_rate}. The "
-            "length of a step is γ · radius."
-        )
-    check_direction("momentum", momentum)
     check_role_radii(radii)
+    if constrained:
+        _check_constrained(learning_rate, radii)
+    check_direction("momentum", momentum, drops_layers=drops_layers)
     directions: dict[str, optax.GradientTransformation] = {
         role: norm_lmo(
-            ROLE_NORMS[role],
-            radius,
-            dimension_numbers=dimension_numbers if role == "hidden" else None,
+            ROLE_NORMS[role], radius, dimension_numbers=role_numbers(role, dimension_numbers)
         )
         for role, radius in radii.items()
     }
+    if not isinstance(lmos, Mapping | None):
+        raise TypeError(f"lmos must be a mapping from role to LMO, got {describe(lmos)}.")
     for role, lmo in (lmos or {}).items():
-        check_direction(f"lmos[{role!r}]", lmo)
+        check_direction(f"lmos[{role!r}]", lmo, drops_layers=drops_layers)
         directions[role] = lmo
-    toward_zero = [freeze(optax.add_decayed_weights(1.0))] if constrained else []
+    toward_zero = [optax.add_decayed_weights(1.0)] if constrained else []
 
     def labels(params: optax.Params) -> Any:
         tree = role_labels(params, roles, has_head=has_head)
-        for path, role in zip(leaf_paths(params), jax.tree.leaves(tree), strict=True):
+        found = jax.tree.leaves(tree)
+        for path, role in zip(leaf_paths(params), found, strict=True):
             if role not in directions:
                 raise ValueError(
                     f"Leaf '{path}' is {role!r}, and neither radii nor lmos has that role: they "
-                    f"have {sorted(directions)}."
+                    f"have {sorted(directions)}.{did_you_mean(role, directions)}"
+                )
+        for role in lmos or {}:
+            if found and role not in found:
+                raise ValueError(
+                    f"lmos names the role {role!r}, and no leaf has it: the roles are "
+                    f"{sorted(set(found))}.{did_you_mean(role, found)}"
                 )
         return tree
 
-    return chain_subtrees(
+    subtrees = chain_subtrees(
         {
             role: optax.chain(
                 momentum, lmo, *toward_zero, optax.scale_by_learning_rate(learning_rate)
@@ -95,6 +100,39 @@ def role_subtrees(
         },
         labels,
     )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if constrained and params is None:
+            raise ValueError(
+                "A constrained step pulls the parameters towards 0: pass them to update, "
+                "tx.update(grads, opt_state, params)."
+            )
+        return subtrees.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(subtrees.init, update_fn)
+
+
+def role_numbers(role: str, numbers: DimensionNumbers | None) -> DimensionNumbers | None:
+    """The dimension numbers of the leaves of a role: one for all leaves is for hidden ones."""
+    if role in ("bias", "tied_head") or (role != "hidden" and not isinstance(numbers, Mapping)):
+        return None
+    return numbers
+
+
+def _check_constrained(learning_rate: optax.ScalarOrSchedule, radii: Mapping[str, Radius]) -> None:
+    """Error for a learning rate above 1, or a radius without a ball that stays."""
+    first = learning_rate(0) if callable(learning_rate) else learning_rate
+    if not isinstance(first, Tracer) and first > 1:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(
+            f"learning_rate is the γ of (1 - γ)X + γ lmo, at most 1, got {first}. The length of a "
+            "step is γ · radius."
+        )
+    for role, radius in radii.items():
+        if any(isinstance(of_leaf, AdaptiveRadius) for of_leaf in distinct_radii(radius)):
+            raise ValueError(
+                f"radii[{role!r}] is adaptive, and a constrained step needs one ball to stay in: "
+                "say constrained=False, or take dm.gluon."
+            )
 
 
 def check_role_radii(radii: Any) -> None:
@@ -111,6 +149,7 @@ def check_role_radii(radii: Any) -> None:
                 f"{did_you_mean(role, ROLE_NORMS)} An LMO for a role of your own goes, with its "
                 "radius, into lmos."
             )
+        check_radius(f"radii[{role!r}]", radii[role])
 
 
 def every_layer(
@@ -129,18 +168,38 @@ def every_layer(
 
 def check_rate(name: str, rate: optax.ScalarOrSchedule) -> None:
     """Error for a learning rate that is negative or no number; a schedule passes."""
+    if rate is gluon_radius:
+        raise TypeError(f"{name} is dm.gluon_radius itself: call it with the first radius.")
     if not callable(rate):
         check_nonnegative(name, rate)
 
 
-def check_direction(name: str, transformation: optax.GradientTransformation) -> None:
-    """Error for a transformation that turns the gradient's sign, such as a whole optimizer."""
+def check_direction(
+    name: str, transformation: optax.GradientTransformation, *, drops_layers: bool = False
+) -> None:
+    """Error for a transformation that turns the gradient's sign, such as a whole optimizer.
+
+    Where layers are dropped, also for one that has a memory and does not look at `layer_mask`.
+    """
+    if isinstance(transformation, Norm):
+        raise TypeError(
+            f"{name} must be a transformation, got the norm {transformation}: make one with "
+            "dm.norm_lmo(norm, radius)."
+        )
     check_transformation(name, transformation)
+    transformation = optax.with_extra_args_support(transformation)
     probe = {"probe": jnp.ones((2, 2))}
     try:
         with jax.ensure_compile_time_eval():
-            update: Any = transformation.update(probe, transformation.init(probe), probe)[0]
+            state = transformation.init(probe)
+            update: Any = transformation.update(probe, state, probe)[0]
             descends = bool(jnp.sum(update["probe"]) < 0)
+            asleep = transformation.update(probe, state, probe, layer_mask={"probe": False})[1]
+            remembers = any(
+                bool(jnp.any(new != old))
+                for new, old in zip(jax.tree.leaves(asleep), jax.tree.leaves(state), strict=True)
+                if jnp.ndim(old)
+            )
     except (LookupError, TypeError, ValueError):
         return  # made for other parameters, or of traced numbers, whose sign is not known here
     if descends:
@@ -148,4 +207,9 @@ def check_direction(name: str, transformation: optax.GradientTransformation) -> 
             f"{name} must keep the gradient's sign, and the one given descends by itself: it has a "
             "learning rate already. Give the direction alone, such as optax.scale_by_adam() in "
             "place of optax.adam(…), and the rate as learning_rate or auxiliary_learning_rate."
+        )
+    if drops_layers and remembers:
+        raise ValueError(
+            f"{name} changes its state in a layer that is not drawn, since it does not look at "
+            "layer_mask. Freeze it layer by layer: dm.per_layer(…, layers)."
         )

@@ -12,7 +12,6 @@ from dropmuon_jax._momentum import momentum as _momentum
 from dropmuon_jax._optimizers._composition import every_layer, role_subtrees
 from dropmuon_jax._radii import Radius
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
-from dropmuon_jax._subtrees import per_layer
 
 
 def gluon(
@@ -47,8 +46,10 @@ def gluon(
         roles: From path patterns to roles, where paths do not tell, as in :func:`role_labels`; in
             many networks `roles={"Dense_3": "head"}`. Print :func:`role_table` with the same.
         has_head: False for a network without a head.
-        dimension_numbers: The axes of hidden matrices that are no Flax kernels of dense layers or
-            2-D convolutions, such as attention's, as in :func:`norm_lmo`.
+        dimension_numbers: The axes of matrices that are no Flax kernels of dense layers or 2-D
+            convolutions, such as attention's: a mapping from path patterns, as in :func:`norm_lmo`,
+            or one for all hidden leaves. Kernels that are stored as (out, in), as in some ports,
+            are `MuonDimensionNumbers(reduction_axis=1, output_axis=0)`.
 
     Returns:
         A transformation. It takes no `layer_mask`; :func:`drop_gluon` does.
@@ -78,7 +79,7 @@ def gluon(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        freeze=optax.with_extra_args_support,
+        drops_layers=False,
     )
     return every_layer("gluon", subtrees)
 
@@ -99,7 +100,9 @@ def drop_gluon(
     """Drop-Muon with the norms and radii of Gluon: :func:`gluon` in the layers that are drawn.
 
     With :func:`adaptive_radius`, exact gradients and `momentum(0.0)` it is the deterministic method
-    of Drop-Muon, with one step size for each layer, whatever else is drawn.
+    of Drop-Muon, with one step size for each layer, whatever else is drawn. (Not with the default
+    momentum: the decay counts all steps, so that of a layer first drawn in step k it keeps
+    (k + 1)^-½ of the gradient, which a radius does not see and an adaptive one does.)
 
     Args:
         learning_rate: As in :func:`gluon`; schedules count all steps.
@@ -108,7 +111,8 @@ def drop_gluon(
         radii: As in :func:`gluon`.
         seed: Seed of the draws, a Python integer.
         momentum: As in :func:`gluon`.
-        lmos: Likewise; they must honour `layer_mask`, as those of this package do.
+        lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into
+            :func:`per_layer`.
         roles: Likewise.
         has_head: Likewise.
         dimension_numbers: Likewise.
@@ -143,6 +147,6 @@ def drop_gluon(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        freeze=lambda inner: per_layer(inner, layers),
+        drops_layers=True,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))

@@ -95,6 +95,7 @@ def drop_muon(
         auxiliary_learning_rate=auxiliary_learning_rate,
         labels=labels,
         freeze=lambda inner: per_layer(inner, layers),
+        drops_layers=True,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))
 
@@ -156,6 +157,7 @@ def muon(
         auxiliary_learning_rate=auxiliary_learning_rate,
         labels=labels,
         freeze=optax.with_extra_args_support,
+        drops_layers=False,
     )
     return every_layer("muon", subtrees)
 
@@ -170,11 +172,13 @@ def _muon_subtrees(
     auxiliary_learning_rate: optax.ScalarOrSchedule | None,
     labels: Any | Callable[[Any], Any] | None,
     freeze: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    drops_layers: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of the matrices and the chain of everything else."""
     for name, given in (("momentum", momentum), ("lmo", lmo), ("auxiliary", auxiliary)):
         if given is not None:
-            check_direction(name, given)
+            # The auxiliary optimizer is frozen layer by layer.
+            check_direction(name, given, drops_layers=drops_layers and name != "auxiliary")
     if auxiliary_learning_rate is None:
         auxiliary_learning_rate = learning_rate
     for name, rate in (

@@ -17,20 +17,18 @@ from dropmuon_jax._optimizers._composition import (
     ROLE_NORMS,
     check_role_radii,
     every_layer,
+    role_numbers,
     role_subtrees,
 )
 from dropmuon_jax._radii import Radius
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
-from dropmuon_jax._subtrees import per_layer
 
-# The recipes of Scion's paper and repository (arXiv:2502.07529). What they do not state, because
-# their networks have no such leaf, is the hidden layers' radius.
+# The radii of Scion's recipes (arXiv:2502.07529 and its repository): for a GPT-2 of width 768 with
+# a tied head and without learned positions, biases and scales, and for the CNN of airbench.
 SCION_GPT_RADII: Mapping[str, float] = MappingProxyType(
-    {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0, "embedding": 50.0, "bias": 50.0}
+    {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0}
 )
-SCION_CNN_RADII: Mapping[str, float] = MappingProxyType(
-    {"hidden": 8.0, "head": 128.0, "embedding": 8.0, "bias": 8.0}
-)
+SCION_CNN_RADII: Mapping[str, float] = MappingProxyType({"hidden": 8.0, "head": 128.0, "bias": 8.0})
 
 
 def scion(
@@ -62,28 +60,40 @@ def scion(
     "bias"          :func:`rms_norm`                                   to RMS 1
     =============== ================================================== ===========================
 
-    Constrained iterates stay in the ball, ‖X‖ ≤ radius, if they start there and γ ≤ 1: start with
-    :func:`scion_init`, or they are drawn into it. ("hidden" takes the five steps of
-    :func:`newton_schulz_lmo`, so there the ball is larger by up to 14 %; give
+    Constrained iterates stay in the ball, ‖X‖ ≤ radius, if they start there, γ ≤ 1 and the radius
+    does not fall: start with :func:`scion_init`, or they are drawn into it. ("hidden" takes the
+    five steps of :func:`newton_schulz_lmo`, so there the ball is larger by up to 14 %; give
     `lmos={"hidden": dm.newton_schulz_lmo(50.0, shape_factor="scion", num_steps=7)}` for 1e-4.)
 
-    **Recipes** of the paper and its repository: a GPT with a tied head, `scion(3.6e-4,
-    SCION_GPT_RADII)` with decay 0.9; a CNN, `scion(0.05, SCION_CNN_RADII,
-    momentum=momentum(decay=0.4))`. Both scale ReLU or GELU by √2.
+    **Recipes**, with a learning rate that falls to 0 at the end of the run, roles named where paths
+    do not tell, and ReLU or GELU scaled by √2; a role that the authors' networks have not, such as
+    "embedding" in the first, needs a radius of yours, `{**SCION_GPT_RADII, "embedding": …}`:
+
+    * a GPT with a tied head, from the framework's own initial parameters:
+      `scion(schedule, SCION_GPT_RADII, roles={"wte": "tied_head"})`, γ = 3.6e-4, decay 0.9;
+    * a CNN: `scion(schedule, SCION_CNN_RADII, momentum=momentum(decay=0.4),
+      roles={"Dense_0": "head"})`, γ = 0.05.
+
+    The directions are exact down to the smallest numbers, where Scion's code adds 1e-8 to what it
+    divides by: the row of a token that no batch has any more goes on in steps of full length as
+    long as its momentum is not zero.
 
     Args:
         learning_rate: γ, at most 1 where constrained, or a schedule of it over all steps.
         radii: From role to radius: a number, a schedule, :func:`adaptive_radius`, or a mapping from
             path patterns to these. Every role of the network needs one.
-        constrained: Whether X is pulled towards 0, which is weight decay γ. Scion's own default.
+        constrained: Whether X is pulled towards 0, which is weight decay γ: Scion's own default. An
+            adaptive radius is for unconstrained steps.
         momentum: By default `momentum(decay=0.9)`.
         lmos: From role to an LMO that takes the place of the table's, with its own radius; also for
             roles of your own.
         roles: From path patterns to roles, where paths do not tell, as in :func:`role_labels`; in
             many networks `roles={"Dense_3": "head"}`. Print :func:`role_table` with the same.
         has_head: False for a network without a head.
-        dimension_numbers: The axes of hidden matrices that are no Flax kernels of dense layers or
-            2-D convolutions, such as attention's, as in :func:`norm_lmo`.
+        dimension_numbers: The axes of matrices that are no Flax kernels of dense layers or 2-D
+            convolutions, such as attention's: a mapping from path patterns, as in :func:`norm_lmo`,
+            or one for all hidden leaves. Kernels that are stored as (out, in), as in some ports,
+            are `MuonDimensionNumbers(reduction_axis=1, output_axis=0)`.
 
     Returns:
         A transformation. It takes no `layer_mask`; :func:`drop_scion` does.
@@ -116,7 +126,7 @@ def scion(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        freeze=optax.with_extra_args_support,
+        drops_layers=False,
     )
     return every_layer("scion", subtrees)
 
@@ -134,7 +144,9 @@ def scion_init(
 
     Hidden matrices are orthogonal times radius and shape factor, heads ± radius / fan-in, and
     embeddings of root mean square radius token by token. Biases and scales stay what they are: in
-    Flax 0 and 1, inside a ball of radius 1.
+    Flax 0 and 1, inside a ball of radius 1. Of a convolution the whole matrix is orthogonal, so
+    that its norm is the radius; Scion's code makes each position of the window so, which is larger
+    by up to window^½ and outside the ball.
 
     Args:
         key: A PRNG key; each leaf gets its own.
@@ -158,9 +170,7 @@ def scion_init(
         3.000 [[2. 2. 2. 2.]]
 
     References:
-        Pethick et al., 2025, arXiv:2502.07529, and its repository; there the positions of a
-        convolution's window are orthogonal each, here the whole matrix, so that the norm is the
-        radius.
+        Pethick et al., 2025, arXiv:2502.07529, and its repository.
     """
     check_role_radii(radii)
     labels = role_labels(params, roles, has_head=has_head)
@@ -174,7 +184,7 @@ def scion_init(
             continue
         check_positive(f"radii[{role!r}]", radii[role])
         norm, subtree = ROLE_NORMS[role], _cut(drawn, labels, role)
-        all_axes = norm.axes(subtree, dimension_numbers if role == "hidden" else None)
+        all_axes = norm.axes(subtree, role_numbers(role, dimension_numbers))
         leaves, treedef = jax.tree.flatten(subtree)
         keys = jax.random.split(role_key, len(leaves))
         new = [
@@ -222,7 +232,8 @@ def drop_scion(
         seed: Seed of the draws, a Python integer.
         constrained: As in :func:`scion`.
         momentum: Likewise.
-        lmos: Likewise; they must honour `layer_mask`, as those of this package do.
+        lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into
+            :func:`per_layer`.
         roles: Likewise.
         has_head: Likewise.
         dimension_numbers: Likewise.
@@ -259,6 +270,6 @@ def drop_scion(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        freeze=lambda inner: per_layer(inner, layers),
+        drops_layers=True,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))
