@@ -63,6 +63,16 @@ from dropmuon_jax._sampling import (
     layer_mask_sampler,
     uniform_depth,
 )
+from dropmuon_jax._smoothness import (
+    LeafSmoothness,
+    SmoothnessFit,
+    SmoothnessRecord,
+    SmoothnessSamples,
+    SmoothnessState,
+    fit_smoothness,
+    plot_smoothness,
+    track_smoothness,
+)
 from dropmuon_jax._subtrees import PerLayerState, chain_subtrees, per_layer
 
 __all__ = [
@@ -76,10 +86,15 @@ __all__ = [
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "Layers",
+    "LeafSmoothness",
     "MomentumState",
     "Norm",
     "PerLayerState",
     "RadiusState",
+    "SmoothnessFit",
+    "SmoothnessRecord",
+    "SmoothnessSamples",
+    "SmoothnessState",
     "adaptive_radius",
     "chain_subtrees",
     "column_lmo",
@@ -93,6 +108,7 @@ __all__ = [
     "euclidean_lmo",
     "euclidean_norm",
     "euclidean_sharp",
+    "fit_smoothness",
     "fixed_depth",
     "fixed_size_subsets",
     "full_depth",
@@ -113,6 +129,7 @@ __all__ = [
     "norm_sharp",
     "nuclear_norm",
     "per_layer",
+    "plot_smoothness",
     "polar_express_coefficients",
     "rms_lmo",
     "rms_norm",
@@ -134,5 +151,6 @@ __all__ = [
     "svd_sharp",
     "switch_depth",
     "trace_layers",
+    "track_smoothness",
     "uniform_depth",
 ]

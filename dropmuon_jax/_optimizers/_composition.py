@@ -196,7 +196,7 @@ def check_direction(
             descends = bool(jnp.sum(update["probe"]) < 0)
             asleep = transformation.update(probe, state, probe, layer_mask={"probe": False})[1]
             remembers = any(
-                bool(jnp.any(new != old))
+                not bool(jnp.array_equal(new, old, equal_nan=True))
                 for new, old in zip(jax.tree.leaves(asleep), jax.tree.leaves(state), strict=True)
                 if jnp.ndim(old)
             )

@@ -1,0 +1,1 @@
+"""What benchmarks/smoothness.py is made of."""
