@@ -1,7 +1,8 @@
 """The optimizers that race, all made from the same settings, and the step that each one takes."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,7 +11,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
-from settings import MethodName, Settings
+from settings import MethodName, Settings, learning_rate
+
+RADII = dm.SCION_CNN_RADII  # the relative steps of hidden layers, head and biases
 
 
 class Method(NamedTuple):
@@ -21,6 +24,8 @@ class Method(NamedTuple):
     """Those of which it leaves some out; None if it never does."""
     num_steps: int
     """How long it runs."""
+    init: Callable[[jax.Array, Any], Any] | None = None
+    """Where it starts, from a key and everyone's initial parameters; None if with those."""
 
     @property
     def num_depths(self) -> int:
@@ -33,45 +38,79 @@ class Method(NamedTuple):
 
 
 def make_method(
-    name: MethodName, settings: Settings, layers: dm.Layers, *, num_steps: int, seed: int
+    name: MethodName,
+    settings: Settings,
+    layers: dm.Layers,
+    roles: Mapping[str, str],
+    *,
+    num_steps: int,
+    seed: int,
 ) -> Method:
-    """One contestant; every learning rate falls linearly to 0 over its run."""
+    """One contestant; every learning rate but Gluon's falls linearly to 0 over its run."""
     if name == "muon_short":
         num_steps = math.ceil(settings.short_run * num_steps)
 
     def falling(rate: float) -> optax.Schedule:
         return optax.linear_schedule(rate, 0.0, num_steps)
 
-    rate, bias_rate = falling(settings.learning_rate), falling(settings.bias_learning_rate)
-    if name in ("muon", "muon_short"):
-        muon = dm.muon(
-            rate, momentum=dm.momentum(settings.decay), auxiliary_learning_rate=bias_rate
-        )
-        return Method(muon, None, num_steps)
-    if name == "optax_muon":
-        optax_muon = optax.contrib.muon(
-            falling(settings.optax_muon_learning_rate or settings.learning_rate),
-            beta=settings.decay,
-            nesterov=False,
-            adam_learning_rate=bias_rate,
-            muon_weight_dimension_numbers=_dimension_numbers,
-        )
-        return Method(optax_muon, None, num_steps)
-    if name == "adamw":
-        return Method(optax.adamw(falling(settings.adamw_learning_rate)), None, num_steps)
-    distributions = {
-        "drop_muon_uniform": dm.uniform_depth(),
-        "drop_muon_epoch_shift": dm.epoch_shift_depth(num_steps, alpha=settings.alpha),
-    }
-    drop_muon = dm.drop_muon(
-        rate,
-        layers,
-        distributions[name],
-        seed=seed,
-        momentum=dm.momentum(settings.decay),
-        auxiliary_learning_rate=bias_rate,
-    )
-    return Method(drop_muon, layers, num_steps)
+    first_rate = learning_rate(settings, name)
+    rate, bias_rate = falling(first_rate), falling(settings.bias_learning_rate)
+    momentum = dm.momentum(settings.decay)
+    init = None
+    match name:
+        case "muon" | "muon_short":
+            tx = dm.muon(rate, momentum=momentum, auxiliary_learning_rate=bias_rate)
+        case "drop_muon_uniform" | "drop_muon_epoch_shift":
+            if name == "drop_muon_uniform":
+                distribution = dm.uniform_depth()
+            else:
+                distribution = dm.epoch_shift_depth(num_steps, alpha=settings.alpha)
+            tx = dm.drop_muon(
+                rate,
+                layers,
+                distribution,
+                seed=seed,
+                momentum=momentum,
+                auxiliary_learning_rate=bias_rate,
+            )
+        case "optax_muon":
+            tx = optax.contrib.muon(
+                rate,
+                beta=settings.decay,
+                nesterov=False,
+                adam_learning_rate=bias_rate,
+                muon_weight_dimension_numbers=_dimension_numbers,
+            )
+        case "adamw":
+            tx = optax.adamw(rate)
+        case "scion":
+            tx = dm.scion(rate, RADII, constrained=False, momentum=momentum, roles=roles)
+        case "scion_constrained":
+            tx = dm.scion(rate, RADII, momentum=momentum, roles=roles)
+            init = functools.partial(dm.scion_init, radii=RADII, roles=roles)
+        case "gluon":
+            tx = dm.gluon(dm.gluon_radius(first_rate), RADII, roles=roles)
+        case "drop_scion":
+            tx = dm.drop_scion(
+                rate,
+                layers,
+                dm.uniform_depth(),
+                RADII,
+                seed=seed,
+                constrained=False,
+                momentum=momentum,
+                roles=roles,
+            )
+        case "drop_gluon":
+            tx = dm.drop_gluon(
+                dm.gluon_radius(first_rate),
+                layers,
+                dm.uniform_depth(),
+                RADII,
+                seed=seed,
+                roles=roles,
+            )
+    return Method(tx, layers if name.startswith("drop_") else None, num_steps, init)
 
 
 def _dimension_numbers(params: optax.Params) -> Any:

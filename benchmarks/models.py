@@ -26,6 +26,11 @@ class CNN(nn.Module):
         """Each convolution is a layer, and the dense one."""
         return [*(f"Conv_{i}" for i in range(len(self.channels))), "Dense_0"]
 
+    def roles(self) -> dict[str, str]:
+        """What paths and shapes do not tell: the first kernel may have one channel in."""
+        first, *_, last = self.layer_patterns()
+        return {f"{first}/kernel": "hidden", f"{last}/kernel": "head"}
+
 
 class MLP(nn.Module):
     """Dense layers with ReLU between them."""

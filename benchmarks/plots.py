@@ -1,5 +1,6 @@
 """Pictures of a race."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from matplotlib.figure import Figure
 
 from racing import Contest, Run
 from reporting import TITLES
-from settings import MethodName, Settings
+from settings import METHODS, MethodName, Settings
 from targets import SPLITS, accuracies
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a dash as well.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two more of Tol's; a dash
+# as well, and a marker for those who are not of the demo.
 STYLES: dict[MethodName, tuple[str, str]] = {
     "muon": ("#000000", "-"),
     "muon_short": ("#CC79A7", "--"),
@@ -20,7 +22,13 @@ STYLES: dict[MethodName, tuple[str, str]] = {
     "drop_muon_epoch_shift": ("#0072B2", "-"),
     "optax_muon": ("#777777", "--"),
     "adamw": ("#009E73", "-."),
+    "scion": ("#E69F00", "-o"),
+    "scion_constrained": ("#999933", "--s"),
+    "gluon": ("#56B4E9", "-^"),
+    "drop_scion": ("#882255", "-o"),
+    "drop_gluon": ("#332288", "-^"),
 }
+assert set(STYLES) == set(METHODS)
 DEPTH_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#C8B020", "#B5367A", "#F98E09")
 
 
@@ -58,7 +66,7 @@ def _accuracy(
     axis_of: Callable[[Run], list[float]] | Callable[[Run], list[int]],
 ) -> Figure:
     """Training and test accuracy, the median over seeds in a band of smallest to largest."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     for axes, split in zip(figure.subplots(1, 2), SPLITS, strict=True):
         lowest = 100.0
         for method in settings.methods:
@@ -66,7 +74,8 @@ def _accuracy(
             x = np.median([axis_of(run) for run in runs], axis=0)
             y = 100 * np.array([accuracies(run, split) for run in runs])
             colour, dash = STYLES[method]
-            axes.plot(x, np.median(y, axis=0), dash, color=colour, label=TITLES[method])
+            title = TITLES[method]
+            axes.plot(x, np.median(y, axis=0), dash, color=colour, label=title, markersize=4)
             if len(runs) > 1:
                 axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
             # Show where the race is decided, not the climb of the first evaluations.
@@ -76,7 +85,7 @@ def _accuracy(
         axes.set_ylabel("accuracy (%)")
     seeds = f"median and range of {len(settings.seeds)} seeds"
     figure.suptitle(f"{settings.dataset}, batch {settings.batch_size}: {seeds}")
-    figure.axes[-1].legend(loc="lower right")
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -84,10 +93,14 @@ def _sampling(settings: Settings, contest: Contest) -> Figure | None:
     """How likely each depth is in each epoch, and how often it was drawn."""
     if not contest.probabilities:
         return None
-    figure = Figure(figsize=(5.5 * len(contest.probabilities), 4), layout="constrained")
-    panels = figure.subplots(1, len(contest.probabilities), sharey=True, squeeze=False)[0]
+    columns = min(len(contest.probabilities), 2)
+    rows = math.ceil(len(contest.probabilities) / columns)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(contest.probabilities) :]:
+        axes.set_axis_off()
     epochs = np.arange(settings.epochs) + 0.5
-    for axes, (method, table) in zip(panels, contest.probabilities.items(), strict=True):
+    for axes, (method, table) in zip(panels, contest.probabilities.items(), strict=False):
         drawn = np.array([run.depths for run in contest.runs if run.method == method])
         drawn = drawn.reshape(len(drawn), settings.epochs, contest.steps_per_epoch)
         num_depths = len(table[0])
@@ -100,7 +113,8 @@ def _sampling(settings: Settings, contest: Contest) -> Figure | None:
         _finish(axes, TITLES[method], "epoch")
         axes.set_xlim(0, settings.epochs)
     panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("probability (lines), frequency drawn (dots)")
+    for axes in panels[::columns]:
+        axes.set_ylabel("probability (lines), frequency drawn (dots)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title="0 = all layers")
     return figure
@@ -108,9 +122,9 @@ def _sampling(settings: Settings, contest: Contest) -> Figure | None:
 
 def _step_time(contest: Contest) -> Figure:
     """What one step costs at each depth; methods that train everything have a single bar."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
     num_methods = len(contest.step_seconds)
+    figure = Figure(figsize=(4 + num_methods, 4.5), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / num_methods
     for i, (method, seconds) in enumerate(contest.step_seconds.items()):
         positions = np.arange(len(seconds)) + (i - (num_methods - 1) / 2) * width
@@ -125,7 +139,7 @@ def _step_time(contest: Contest) -> Figure:
     axes.set_xticks(range(max(len(seconds) for seconds in contest.step_seconds.values())))
     _finish(axes, "One training step", "depth: the shallowest layer trained (0 = all layers)")
     axes.set_ylabel("median time of a step (ms)")
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 

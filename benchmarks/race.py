@@ -1,7 +1,8 @@
-"""Race Drop-Muon against Muon, optax.contrib.muon and AdamW on images.
+"""Race Drop-Muon against Muon, optax.contrib.muon, AdamW, Scion and Gluon on images.
 
 python benchmarks/race.py --output-dir results
 python benchmarks/race.py --output-dir results --dataset mnist --batch-size 1024 --epochs 4
+python benchmarks/race.py --output-dir results --methods muon scion drop_scion gluon drop_gluon
 """
 
 from collections.abc import Sequence

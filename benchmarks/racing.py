@@ -1,5 +1,6 @@
 """The race itself: methods take turns on one machine, each chunk of steps timed."""
 
+import copy
 import dataclasses
 import statistics
 import time
@@ -18,6 +19,7 @@ from models import CNN
 from settings import MethodName, Settings
 
 EVALUATION_BATCH = 1000
+Report = Callable[[str, int], None]
 
 
 @dataclasses.dataclass
@@ -72,7 +74,7 @@ class Race:
         self._evaluate = jax.jit(self._count)
 
     def init_params(self, seed: int) -> Any:
-        """The same initial parameters for every method."""
+        """The same initial parameters for every method that has none of its own."""
         return self._init(jax.random.key(seed), self.data.train_images[:1])["params"]
 
     def batches(self, seed: int) -> np.ndarray:
@@ -86,15 +88,30 @@ class Race:
         ]
         return np.concatenate(epochs).astype(np.int32)
 
+    def with_settings(self, settings: Settings) -> "Race":
+        """The same network, data and batches for methods with other settings."""
+        race = copy.copy(self)
+        race.settings, race.executables, race.compile_seconds = settings, {}, {}
+        return race
+
     def method(self, name: MethodName, seed: int) -> Method:
         """A contestant of this race."""
-        return make_method(name, self.settings, self.layers, num_steps=self.num_steps, seed=seed)
+        return make_method(
+            name,
+            self.settings,
+            self.layers,
+            self.model.roles(),
+            num_steps=self.num_steps,
+            seed=seed,
+        )
 
     def start(self, name: MethodName, seed: int) -> "Runner":
         """A contestant at the start, with buffers of its own, which its steps may overwrite."""
         method = self.method(name, seed)
         method.depth(0)  # draws the first block of depths, which compiles
         params = self.init_params(seed)
+        if method.init is not None:
+            params = method.init(jax.random.key(seed), params)
         params, opt_state = jax.tree.map(jnp.array, (params, method.tx.init(params)))
         batches = jax.device_put(self.batches(seed))
         return Runner(self, method, Run(name, seed), params, opt_state, batches)
@@ -190,7 +207,7 @@ class Runner:
         self.run.train_loss.append(loss)
 
 
-def hold_race(race: Race, report: Callable[[str, int], None] = lambda text, steps: None) -> Contest:
+def run_all(race: Race, report: Report = lambda text, steps: None) -> list[Run]:
     """Compiles everything, then lets the methods take turns, chunk by chunk.
 
     A chunk is the steps between two evaluations. Taking turns, whatever slows the machine for a
@@ -221,6 +238,12 @@ def hold_race(race: Race, report: Callable[[str, int], None] = lambda text, step
                 accuracy = runner.run.test_accuracy[-1]
                 report(f"seed {seed}, {runner.run.method}: test {accuracy:.1%}", last - first)
         runs += [runner.run for runner in runners]
+    return runs
+
+
+def hold_race(race: Race, report: Report = lambda text, steps: None) -> Contest:
+    """All runs of a race, as :func:`run_all`, and what its single steps cost."""
+    settings, runs = race.settings, run_all(race, report)
     report("timing single steps", 0)
     step_seconds = race.measure_steps()
     return Contest(

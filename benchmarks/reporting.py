@@ -20,6 +20,11 @@ TITLES = {
     "drop_muon_epoch_shift": "Drop-Muon, epoch-shift",
     "optax_muon": "optax.contrib.muon",
     "adamw": "AdamW",
+    "scion": "Scion",
+    "scion_constrained": "Scion, constrained",
+    "gluon": "Gluon",
+    "drop_scion": "Drop-Scion, uniform",
+    "drop_gluon": "Drop-Gluon, uniform",
 }
 assert set(TITLES) == set(METHODS)
 
@@ -31,7 +36,7 @@ def print_tables(
     count = len(settings.seeds)
     seeds = f"{count} seeds: median (smallest–largest)" if count > 1 else "one seed"
     seeds += "; training seconds, without compilation and evaluation"
-    table = _table(f"Time to accuracy on {settings.dataset}", seeds)
+    table = new_table(f"Time to accuracy on {settings.dataset}", seeds)
     for heading in ("seconds", "steps", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
@@ -48,7 +53,7 @@ def print_tables(
         )
     console.print(table)
 
-    table = _table("At the end", seeds)
+    table = new_table("At the end", seeds)
     for heading in ("train %", "test %", "seconds"):
         table.add_column(heading, justify="right", no_wrap=heading != "seconds")
     for method in settings.methods:
@@ -61,7 +66,7 @@ def print_tables(
         )
     console.print(table)
 
-    table = _table("What a step costs, and its compilation", "by depth, shallow to deep")
+    table = new_table("What a step costs, and its compilation", "by depth, shallow to deep")
     for heading in ("ms a step", "seconds to compile"):
         table.add_column(heading, justify="right", no_wrap=True)
     for method in settings.methods:
@@ -73,22 +78,25 @@ def print_tables(
     console.print(table)
 
 
-def _table(title: str, note: str) -> Table:
+def new_table(title: str, note: str) -> Table:
     """One that fits into 80 columns."""
     table = Table(title=f"{title}\n{note}", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
     return table
 
 
+def provenance(benchmark: str, settings: Settings) -> dict[str, Any]:
+    """What was run, with which arguments and where, without paths of the machine."""
+    arguments = dataclasses.asdict(settings)
+    for path in ("data_dir", "output_dir"):
+        del arguments[path]
+    return {"benchmark": benchmark, "arguments": arguments, "environment": environment()}
+
+
 def record(settings: Settings, contest: Contest, summaries: list[Summary]) -> dict[str, Any]:
     """Everything as plain numbers: arguments, environment, summary, every curve."""
-    arguments = dataclasses.asdict(settings)
-    for path in ("data_dir", "output_dir"):  # of the machine, not of the measurement
-        del arguments[path]
     return {
-        "benchmark": "race",
-        "arguments": arguments,
-        "environment": environment(),
+        **provenance("race", settings),
         "steps_per_epoch": contest.steps_per_epoch,
         "compile_seconds_by_depth": contest.compile_seconds,
         "step_seconds_by_depth": contest.step_seconds,

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import depth_cost
+import dropmuon_jax as dm
 import race
 from images import load_images
 from models import CNN
+from plots import STYLES
 from racing import Race, Run
-from settings import METHODS, Settings, check_settings
+from settings import LEARNING_RATES, METHODS, Settings, check_settings, learning_rate
 from steps_by_depth import make_subject, step_by_hand, step_of_package
 from targets import NEVER, first_reached, median_and_spread, summarise
 
@@ -96,13 +98,96 @@ def test_race_leaves_plots_and_no_path(results):
         assert plot.stat().st_size > 10_000
 
 
+@pytest.fixture(scope="module")
+def scion_and_gluon(tmp_path_factory) -> dict:
+    """The record of a tiny race without Muon."""
+    folder = tmp_path_factory.mktemp("scion_and_gluon")
+    tiny = [*TINY, "--methods", "scion", "gluon", "drop_scion", "--seeds", "0"]
+    race.main([*tiny, "--output-dir", str(folder)])
+    assert sorted(path.stem for path in folder.glob("*.png")) == PLOTS
+    return json.loads((folder / "race.json").read_text())
+
+
+def test_scion_and_gluon_race_whole_and_with_dropped_layers(scion_and_gluon):
+    depths = {curve["method"]: curve["depths"] for curve in scion_and_gluon["curves"]}
+    assert depths["scion"] == depths["gluon"] == [0] * 6
+    assert set(depths["drop_scion"]) == {0, 1}
+    assert list(scion_and_gluon["probability_of_depth_by_epoch"]) == ["drop_scion"]
+    for curve in scion_and_gluon["curves"]:
+        assert curve["train_loss"][-1] != curve["train_loss"][0]
+
+
+def test_methods_that_draw_uniform_depths_draw_the_same(tiny_race):
+    names = ("drop_muon_uniform", "drop_scion", "drop_gluon")
+    methods = [tiny_race.method(name, 3) for name in names]
+    drawn = [[method.depth(step) for step in range(20)] for method in methods]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert set(drawn[0]) == {0, 1, 2}
+
+
+def test_make_demo_races_the_six_methods_it_always_did():
+    assert Settings(Path()).methods == (
+        *("muon", "muon_short", "drop_muon_uniform", "drop_muon_epoch_shift"),
+        *("optax_muon", "adamw"),
+    )
+
+
+def test_methods_can_be_told_apart_in_the_plots():
+    assert len({colour for colour, _ in STYLES.values()}) == len(METHODS)
+
+
 def test_every_method_gets_the_same_parameters_and_batches(tiny_race):
-    runners = [tiny_race.start(name, 5) for name in METHODS]
-    for runner in runners[1:]:
-        chex.assert_trees_all_equal(runner.params, runners[0].params)
-        np.testing.assert_array_equal(runner.batches, runners[0].batches)
+    runners = {name: tiny_race.start(name, 5) for name in METHODS}
+    for name, runner in runners.items():
+        np.testing.assert_array_equal(runner.batches, runners["muon"].batches)
+        if name != "scion_constrained":
+            chex.assert_trees_all_equal(runner.params, runners["muon"].params)
     other_seed = tiny_race.start("muon", 6)
-    assert not np.array_equal(other_seed.batches, runners[0].batches)
+    assert not np.array_equal(other_seed.batches, runners["muon"].batches)
+
+
+def test_constrained_scion_starts_on_the_boundary_of_its_balls(tiny_race):
+    params = tiny_race.start("scion_constrained", 5).params
+    spectral, sign = dm.spectral_norm("scion"), dm.sign_norm()
+    for layer in ("Conv_0", "Conv_1"):
+        assert spectral.norm(params[layer]["kernel"]) == pytest.approx(8, rel=1e-4)
+    assert sign.norm(params["Dense_0"]["kernel"]) == pytest.approx(128, rel=1e-4)
+
+
+def test_the_learning_rate_of_the_settings_reaches_each_method(tiny_race):
+    params = tiny_race.init_params(0)
+    grads = jax.tree.map(lambda leaf: jax.numpy.cos(9 * leaf), params)
+
+    @jax.jit
+    def first_updates(rate):
+        updates = {}
+        for name in METHODS:
+            settings = Settings(Path(), **{LEARNING_RATES[name][0]: rate})
+            method = tiny_race.with_settings(settings).method(name, 0)
+            extra = {} if method.layers is None else {"layer_mask": method.layers.mask(0)}
+            update, _ = method.tx.update(grads, method.tx.init(params), params, **extra)
+            updates[name] = update["Dense_0"]["kernel"]
+        return updates
+
+    once, twice = first_updates(0.03), first_updates(0.06)
+    for name in METHODS:
+        assert np.abs(once[name]).max() > 0
+        np.testing.assert_allclose(twice[name], 2 * once[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_method_with_dropped_layers_takes_the_rate_of_the_whole_one_unless_it_has_its_own():
+    settings = Settings(Path(), learning_rate=0.3, gluon_learning_rate=0.4)
+    for name in ("muon", "drop_muon_uniform", "optax_muon"):
+        assert learning_rate(settings, name) == 0.3
+    assert learning_rate(settings, "drop_gluon") == 0.4
+    settings = Settings(Path(), learning_rate=0.3, drop_muon_learning_rate=0.2)
+    assert learning_rate(settings, "muon") == 0.3
+    assert learning_rate(settings, "drop_muon_epoch_shift") == 0.2
+
+
+def test_roles_name_the_first_kernel_and_the_head_of_any_number_of_convolutions():
+    for channels in ((4,), (4, 5, 6, 7)):
+        assert CNN(channels).roles() == {"Conv_0/kernel": "hidden", "Dense_0/kernel": "head"}
 
 
 def test_an_epoch_is_a_permutation_of_the_training_images(tiny_race):
@@ -199,6 +284,11 @@ def test_data_set_that_is_not_there_ends_in_advice(dataset, tmp_path):
         ({"max_train": 0}, "--max-train must be at least 1"),
         ({"learning_rate": -0.1}, "--learning-rate must be positive"),
         ({"adamw_learning_rate": 0.0}, "--adamw-learning-rate must be positive"),
+        ({"drop_gluon_learning_rate": 0.0}, "--drop-gluon-learning-rate must be positive"),
+        (
+            {"scion_constrained_learning_rate": 1.5},
+            "--scion-constrained-learning-rate must be at most 1, got 1.5",
+        ),
         ({"decay": 1.0}, r"--decay must lie in \[0, 1\), got 1.0"),
         ({"targets": (0.9, 1.5)}, r"--targets must lie in \(0, 1\], got 1.5"),
         ({"targets_of_best": (0.0,)}, r"--targets-of-best must lie in \(0, 1\]"),
