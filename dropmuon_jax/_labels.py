@@ -169,12 +169,15 @@ def _assign(params: Any, roles: Mapping[str, str], has_head: bool) -> list[Role]
         assigned.append(Role(path, shape, role, reason))
     # Without leaves, params is the placeholder of optax.tree.map_params.
     if has_head and paths and not any(leaf.role in ("head", "tied_head") for leaf in assigned):
-        hidden = [leaf.path for leaf in assigned if leaf.role in ("hidden", "embedding")]
-        last = max((leaf.path for leaf in assigned if leaf.role == "hidden"), default="…")
+        candidates = [
+            leaf.path
+            for leaf in assigned
+            if leaf.role in ("hidden", "embedding") and len(leaf.shape) == 2
+        ]
         raise ValueError(
-            f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}, or *_head). Name it "
-            f"among {hidden}: roles={{'{last}': 'head'}}, or 'tied_head' for an embedding that is "
-            "the output layer too; or say has_head=False."
+            f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}, or *_head). Say which "
+            f"of {candidates} it is: roles={{'…': 'head'}}, or 'tied_head' for an embedding that "
+            "is the output layer too; or say has_head=False."
         )
     return assigned
 
@@ -210,6 +213,8 @@ def _role_by_rules(path: str, shape: tuple[int, ...], leaf: Any) -> tuple[str, s
         )
     if len(shape) == 2:
         return "hidden", "matrix"
+    if len(shape) == 3 and "conv" not in lower and window != (1,):
+        return "hidden", "3 axes: needs dimension_numbers"
     return "hidden", f"window {'×'.join(map(str, window))}" if square else f"{len(shape)} axes"
 
 

@@ -1,7 +1,8 @@
 """How far a step goes: the radius of each leaf's ball, fixed, scheduled or from the dual norm."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -11,8 +12,9 @@ from dropmuon_jax._checks import check_nonnegative, check_positive, is_python_nu
 from dropmuon_jax._layers import leaf_paths, masked_paths, match_leaves
 
 
-class AdaptiveRadius(NamedTuple):
-    """What :func:`adaptive_radius` makes."""
+@dataclasses.dataclass(frozen=True)
+class AdaptiveRadius:
+    """The constants of a radius ‖M‖* / (L⁰ + L¹‖M‖*), made by :func:`adaptive_radius`."""
 
     l0: float | Array
     l1: float | Array
@@ -31,7 +33,7 @@ def adaptive_radius(l0: float | Array, l1: float | Array = 0.0) -> AdaptiveRadiu
     with the layer's own dual norm, which costs one inner product. It minimises the bound
     :math:`f(X) - t\|M\|_* + \tfrac{t^2}{2}(L^0 + L^1\|M\|_*)` for M = ∇f(X). With L¹ = 0 it is the
     sharp form with step size 1/L⁰; with L⁰ = 0 the constant radius 1/L¹. Behind it belongs a
-    learning rate of 1.
+    learning rate of 1; another one multiplies the radius.
 
     Args:
         l0: L⁰, at least 0, in the units ‖gradient‖* / ‖parameter‖.

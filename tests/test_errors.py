@@ -936,6 +936,14 @@ NORM_ERRORS = [
         "A norm takes one array, got a list",
     ),
     error(
+        "norm_with_an_unknown_shape_factor",
+        lambda: dm.Norm("mine", dm.sign_norm().geometry, "none"),
+        ValueError,
+        "shape_factor must be one of",
+        "'one'",
+        "got 'none'",
+    ),
+    error(
         "radius_is_the_maker_of_a_schedule",
         lambda: dm.sign_lmo(dm.gluon_radius),
         TypeError,

@@ -198,6 +198,28 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
             ["momentum must be an optax.GradientTransformation"],
         ),
         (
+            lambda: dm.gluon(1.0, {"/Dense_0/bias": 1.0}),
+            ValueError,
+            ["'/Dense_0/bias' is a path", "dict.fromkeys(dm.ROLES"],
+        ),
+        (
+            lambda: dm.scion(
+                0.1,
+                {"tied_head": 1.0},
+                roles={"wte": "tied_head"},
+                dimension_numbers={"wte": optax.contrib.MuonDimensionNumbers(1, 0)},
+            ).init({"wte": jnp.eye(2)}),
+            ValueError,
+            ["dimension_numbers: 'wte' matches 'wte', which is 'tied_head'", "take none"],
+        ),
+        (
+            lambda: dm.scion_init(
+                jax.random.key(0), {"head": jnp.eye(3)}, {"head": optax.constant_schedule(1.0)}
+            ),
+            TypeError,
+            ["radii['head'] must be a number", "give the first value"],
+        ),
+        (
             lambda: scion(0.1, {**RADII, "head": dm.adaptive_radius(1.0)}),
             ValueError,
             ["radii['head'] is adaptive", "constrained=False"],
@@ -223,7 +245,7 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
         (
             lambda: scion(0.1, RADII, roles={"Dense_0": "hiden"}),
             ValueError,
-            ["Leaf 'Dense_0/bias' is 'hiden'", "Did you mean 'hidden'"],
+            ["roles gives 'Dense_0' the role 'hiden'", "Did you mean 'hidden'"],
         ),
         (
             lambda: dm.scion(0.1, {"head": 1.0}).update(
@@ -271,7 +293,7 @@ RADII = {"hidden": 1.0, "head": 2.0, "bias": 1.0}
             ["gluon updates every layer", "use drop_gluon"],
         ),
     ],
-    ids=range(22),
+    ids=range(25),
 )
 def test_bad_arguments_of_scion_and_gluon_are_named(function, exception, words):
     with pytest.raises(exception, match="(?s)" + ".*".join(map(re.escape, words))):

@@ -168,6 +168,20 @@ def test_a_tied_table_is_a_head_whose_fan_in_is_its_features():
     np.testing.assert_allclose(jnp.abs(drawn["wte"]), 8.0 / 2)
 
 
+def test_scion_init_takes_radii_by_path_and_leaves_roles_of_its_user_alone():
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "gate": jnp.ones((4, 4))}
+    drawn = dm.scion_init(
+        jax.random.key(0),
+        params,
+        {"hidden": {"a": 1.0, "b": 2.0}},
+        roles={"gate": "mine"},
+        has_head=False,
+    )
+    norm = dm.ROLE_NORMS["hidden"].norm
+    assert [float(norm(drawn[name])) for name in "ab"] == pytest.approx([1.0, 2.0], rel=1e-5)
+    np.testing.assert_array_equal(drawn["gate"], params["gate"])
+
+
 def test_leaves_of_one_shape_start_from_different_draws():
     params = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
     drawn = dm.scion_init(jax.random.key(0), params, {"hidden": 1.0}, has_head=False)

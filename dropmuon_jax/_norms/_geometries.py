@@ -26,15 +26,40 @@ BOTH = (-2, -1)
 
 
 class Geometry(NamedTuple):
-    """A norm of matrices without its shape factor."""
+    """A norm of matrices without its shape factor: what a :class:`Norm` of your own is made of.
+
+    The functions take a stack of matrices (batch, fan-in, fan-out), in float32 at least, and treat
+    each by itself.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> def largest_entry(g):  # of the ball of Σ|x|, which steps in one entry
+        ...     size = jnp.abs(g).max((-2, -1), keepdims=True)
+        ...     return jnp.where((jnp.abs(g) == size) & (size > 0), jnp.sign(g), 0.0)
+        >>> l1_norm = dm.Norm(
+        ...     "l1_norm()",
+        ...     dm.Geometry(
+        ...         norm=lambda x: jnp.abs(x).sum((-2, -1)),
+        ...         dual_norm=lambda g: jnp.abs(g).max((-2, -1)),
+        ...         direction=largest_entry,
+        ...         draw=lambda key, shape, dtype: jnp.zeros(shape, dtype).at[0, 0].set(1.0),
+        ...     ),
+        ... )
+        >>> print(l1_norm.lmo(jnp.array([[3.0, -5.0]]), radius=2.0) + 0.0)
+        [[0. 2.]]
+        >>> tx = dm.norm_lmo(l1_norm, radius=2.0)
+    """
 
     norm: Callable[[Stack], Numbers]
+    """From a stack to ‖X‖ of each matrix."""
     dual_norm: Callable[[Stack], Numbers]
+    """From a stack to ‖G‖* of each matrix."""
     direction: Callable[[Stack], Stack]
+    """From a stack to D of each matrix: ‖D‖ ≤ 1 and ⟨G, D⟩ = ‖G‖*; zero of zero."""
     draw: Callable[[PRNGKeyArray, tuple[int, int], jnp.dtype], Array]
-    """A random matrix of norm 1."""
+    """From a key, (fan-in, fan-out) and a dtype to one random matrix of norm 1."""
     orthogonalize: Orthogonalize | None = None
-    """What `direction` is made of, where it takes many matrices at once."""
+    """What `direction` is made of where it is a polar factor: called for many leaves at once."""
 
 
 @functools.cache

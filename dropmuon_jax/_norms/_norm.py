@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dropmuon_jax._checks import check_floating, check_positive, describe
+from dropmuon_jax._checks import check_choice, check_floating, check_positive, describe
 from dropmuon_jax._matrices import (
     DimensionNumbers,
     LeafNumbers,
@@ -43,7 +43,7 @@ class Norm:
 
     Made by :func:`spectral_norm`, :func:`nuclear_norm`, :func:`sign_norm`, :func:`column_norm`,
     :func:`row_norm`, :func:`rms_norm` and :func:`euclidean_norm`; made into transformations by
-    :func:`norm_lmo` and :func:`norm_sharp`.
+    :func:`norm_lmo` and :func:`norm_sharp`. For one of your own see :class:`Geometry`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -58,12 +58,17 @@ class Norm:
     """How it is printed."""
     geometry: Geometry
     """Without the shape factor."""
-    shape_factor: str
-    """A key of the table of shape factors."""
+    shape_factor: str = "one"
+    """What the ball is multiplied by: "one", those of :func:`spectral_norm`, "1/fan_in",
+    "1/fan_out", "sqrt(fan_out)", "1/sqrt(fan_in)" or "sqrt(size)"."""
     of: Literal["matrices", "matrices and vectors", "whole leaves"] = "matrices"
     """A matrix that is a vector has fan-in 1; a whole leaf is one vector, of any shape."""
     starts_at_zero: bool = False
     """Whether `init` gives zeros, as biases have them."""
+
+    def __post_init__(self):
+        check_choice("shape_factor", self.shape_factor, SHAPE_FACTORS)
+        check_choice("of", self.of, ["matrices", "matrices and vectors", "whole leaves"])
 
     def __repr__(self) -> str:
         return self.name

@@ -18,7 +18,7 @@ from dropmuon_jax._checks import (
     did_you_mean,
 )
 from dropmuon_jax._labels import ROLES, role_labels
-from dropmuon_jax._layers import leaf_paths
+from dropmuon_jax._layers import leaf_paths, match_leaves
 from dropmuon_jax._lmo import norm_lmo
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._norms import Norm, column_norm, rms_norm, sign_norm, spectral_norm
@@ -32,7 +32,9 @@ ROLE_NORMS: Mapping[str, Norm] = MappingProxyType(
         "hidden": spectral_norm("scion", orthogonalize=newton_schulz()),
         "head": sign_norm(),
         # Of a table (tokens, features) that is an output layer too: its fan-in is the features.
-        "tied_head": dataclasses.replace(sign_norm(), shape_factor="1/fan_out"),
+        "tied_head": dataclasses.replace(
+            sign_norm(), name="sign_norm() of a table", shape_factor="1/fan_out"
+        ),
         "embedding": column_norm(),
         "bias": rms_norm(),
     }
@@ -75,6 +77,12 @@ def role_subtrees(
     toward_zero = [optax.add_decayed_weights(1.0)] if constrained else []
 
     def labels(params: optax.Params) -> Any:
+        for pattern, role in (roles or {}).items() if isinstance(roles, Mapping | None) else ():
+            if isinstance(role, str) and role not in directions:
+                raise ValueError(
+                    f"roles gives '{pattern}' the role {role!r}, and neither radii nor lmos has it:"
+                    f" they have {sorted(directions)}.{did_you_mean(role, directions)}"
+                )
         tree = role_labels(params, roles, has_head=has_head)
         found = jax.tree.leaves(tree)
         for path, role in zip(leaf_paths(params), found, strict=True):
@@ -83,6 +91,7 @@ def role_subtrees(
                     f"Leaf '{path}' is {role!r}, and neither radii nor lmos has that role: they "
                     f"have {sorted(directions)}.{did_you_mean(role, directions)}"
                 )
+        check_role_numbers(tree, dimension_numbers)
         for role in lmos or {}:
             if found and role not in found:
                 raise ValueError(
@@ -119,6 +128,21 @@ def role_numbers(role: str, numbers: DimensionNumbers | None) -> DimensionNumber
     return numbers
 
 
+def check_role_numbers(labels: Any, numbers: DimensionNumbers | None) -> None:
+    """Error for dimension numbers of leaves that have their own."""
+    if not isinstance(numbers, Mapping):
+        return
+    paths = leaf_paths(labels)
+    matches = match_leaves("dimension_numbers", numbers, paths)
+    for path, role in zip(paths, jax.tree.leaves(labels), strict=True):
+        if path in matches and role in ("bias", "tied_head"):
+            raise ValueError(
+                f"dimension_numbers: '{matches[path].pattern}' matches '{path}', which is "
+                f"{role!r}. A bias is a whole leaf, and a tied head a table (tokens, features): "
+                "they take none."
+            )
+
+
 def _check_constrained(learning_rate: optax.ScalarOrSchedule, radii: Mapping[str, Radius]) -> None:
     """Error for a learning rate above 1, or a radius without a ball that stays."""
     first = learning_rate(0) if callable(learning_rate) else learning_rate
@@ -143,6 +167,11 @@ def check_role_radii(radii: Any) -> None:
             f" got {describe(radii)}."
         )
     for role in radii:
+        if "/" in role:
+            raise ValueError(
+                f"radii is by role, and {role!r} is a path: give the radii of all leaves as "
+                "dict.fromkeys(dm.ROLES, by_path)."
+            )
         if role not in ROLE_NORMS:
             raise ValueError(
                 f"radii names the role {role!r}, and the norms are for {sorted(ROLE_NORMS)}."

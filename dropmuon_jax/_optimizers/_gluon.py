@@ -48,8 +48,9 @@ def gluon(
         has_head: False for a network without a head.
         dimension_numbers: The axes of matrices that are no Flax kernels of dense layers or 2-D
             convolutions, such as attention's: a mapping from path patterns, as in :func:`norm_lmo`,
-            or one for all hidden leaves. Kernels that are stored as (out, in), as in some ports,
-            are `MuonDimensionNumbers(reduction_axis=1, output_axis=0)`.
+            for hidden leaves, heads and embeddings, or one for the hidden leaves alone. A network
+            that keeps its kernels as (out, in) needs a mapping to
+            `MuonDimensionNumbers(reduction_axis=1, output_axis=0)` with its head in it.
 
     Returns:
         A transformation. It takes no `layer_mask`; :func:`drop_gluon` does.

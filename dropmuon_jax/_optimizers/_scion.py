@@ -8,19 +8,20 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from dropmuon_jax._checks import check_positive
+from dropmuon_jax._checks import describe
 from dropmuon_jax._labels import role_labels
 from dropmuon_jax._layers import Layers, leaf_paths
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._momentum import momentum as _momentum
 from dropmuon_jax._optimizers._composition import (
     ROLE_NORMS,
+    check_role_numbers,
     check_role_radii,
     every_layer,
     role_numbers,
     role_subtrees,
 )
-from dropmuon_jax._radii import Radius
+from dropmuon_jax._radii import AdaptiveRadius, Radius, leaf_radii
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
 
 # The radii of Scion's recipes (arXiv:2502.07529 and its repository): for a GPT-2 of width 768 with
@@ -92,16 +93,18 @@ def scion(
         has_head: False for a network without a head.
         dimension_numbers: The axes of matrices that are no Flax kernels of dense layers or 2-D
             convolutions, such as attention's: a mapping from path patterns, as in :func:`norm_lmo`,
-            or one for all hidden leaves. Kernels that are stored as (out, in), as in some ports,
-            are `MuonDimensionNumbers(reduction_axis=1, output_axis=0)`.
+            for hidden leaves, heads and embeddings, or one for the hidden leaves alone. A network
+            that keeps its kernels as (out, in) needs a mapping to
+            `MuonDimensionNumbers(reduction_axis=1, output_axis=0)` with its head in it.
 
     Returns:
         A transformation. It takes no `layer_mask`; :func:`drop_scion` does.
 
     Raises:
         TypeError: For a `layer_mask` in `update`, and for parts that are no transformations.
-        ValueError: For bad numbers, an unknown role, or a part that descends by itself. At `init`,
-            with the path, for a leaf whose role is ambiguous or has no radius.
+        ValueError: For bad numbers, an unknown role, or a part that descends by itself; of a
+            schedule of γ the first value is checked. At `init`, with the path, for a leaf whose
+            role is ambiguous or has no radius.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -134,7 +137,7 @@ def scion(
 def scion_init(
     key: PRNGKeyArray,
     params: Any,
-    radii: Mapping[str, float],
+    radii: Mapping[str, Radius],
     *,
     roles: Mapping[str, str] | None = None,
     has_head: bool = True,
@@ -144,14 +147,14 @@ def scion_init(
 
     Hidden matrices are orthogonal times radius and shape factor, heads ± radius / fan-in, and
     embeddings of root mean square radius token by token. Biases and scales stay what they are: in
-    Flax 0 and 1, inside a ball of radius 1. Of a convolution the whole matrix is orthogonal, so
-    that its norm is the radius; Scion's code makes each position of the window so, which is larger
-    by up to window^½ and outside the ball.
+    Flax 0 and 1, inside a ball of radius 1. So do leaves of a role of your own. Of a convolution
+    the whole matrix is orthogonal, so that its norm is the radius; Scion's code makes each position
+    of the window so, which is larger by up to window^½ and outside the ball.
 
     Args:
         key: A PRNG key; each leaf gets its own.
         params: The parameters, of which structure, shapes, dtypes and biases are taken.
-        radii: From role to radius, a number, as given to :func:`scion`.
+        radii: As in :func:`scion`, of numbers only: from role to one, or to a mapping by path.
         roles: As in :func:`scion`.
         has_head: Likewise.
         dimension_numbers: Likewise.
@@ -174,22 +177,31 @@ def scion_init(
     """
     check_role_radii(radii)
     labels = role_labels(params, roles, has_head=has_head)
+    check_role_numbers(labels, dimension_numbers)
     for path, role in zip(leaf_paths(params), jax.tree.leaves(labels), strict=True):
-        if role not in radii:
+        if role in ROLE_NORMS and role not in radii:
             raise ValueError(f"Leaf '{path}' is {role!r}, and radii has only {sorted(radii)}.")
 
     drawn = params
     for role, role_key in zip(ROLE_NORMS, jax.random.split(key, len(ROLE_NORMS)), strict=True):
         if role not in radii or role == "bias":
             continue
-        check_positive(f"radii[{role!r}]", radii[role])
         norm, subtree = ROLE_NORMS[role], _cut(drawn, labels, role)
+        leaf_radius: list[Any] = leaf_radii(f"radii[{role!r}]", radii[role], subtree)
+        for radius in leaf_radius:
+            if callable(radius) or isinstance(radius, AdaptiveRadius):
+                raise TypeError(
+                    f"radii[{role!r}] must be a number where parameters are drawn, got "
+                    f"{describe(radius)}; of a schedule give the first value."
+                )
         all_axes = norm.axes(subtree, role_numbers(role, dimension_numbers))
         leaves, treedef = jax.tree.flatten(subtree)
         keys = jax.random.split(role_key, len(leaves))
         new = [
-            (radii[role] * norm.init_leaf(leaf_key, leaf, axes)).astype(leaf.dtype)
-            for leaf_key, leaf, axes in zip(keys, leaves, all_axes, strict=True)
+            (radius * norm.init_leaf(leaf_key, leaf, axes)).astype(leaf.dtype)
+            for radius, leaf_key, leaf, axes in zip(
+                leaf_radius, keys, leaves, all_axes, strict=True
+            )
         ]
         drawn = jax.tree.map(
             lambda label, old, replaced, role=role: replaced if label == role else old,

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from dropmuon_jax._checks import check_nonnegative
 from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius
-from dropmuon_jax._smoothness._record import SmoothnessSamples
+from dropmuon_jax._smoothness._record import SmoothnessRecord, SmoothnessSamples
 
 Samples = Float[np.ndarray, " samples"]
 
@@ -77,7 +77,7 @@ class SmoothnessFit:
 
 
 def fit_smoothness(
-    samples: Mapping[str, SmoothnessSamples], *, hinge: float = 5.0
+    samples: Mapping[str, SmoothnessSamples] | SmoothnessRecord, *, hinge: float = 5.0
 ) -> SmoothnessFit:
     r"""Fits L⁰ and L¹ of each leaf to its samples: a line that few of them lie above.
 
@@ -97,7 +97,8 @@ def fit_smoothness(
     as long ones went furthest in 40 steps.
 
     Args:
-        samples: From leaf path to samples, as :meth:`SmoothnessRecord.samples` gives them.
+        samples: A record, or from leaf path to samples, as :meth:`SmoothnessRecord.samples` gives
+            them.
         hinge: The extra weight of underestimates, at least 0; they make steps too long. With more
             of it the line becomes an upper bound, and the steps shorter.
 
@@ -124,8 +125,12 @@ def fit_smoothness(
         objective, and the weight 5, are those of their code.
     """
     check_nonnegative("hinge", hinge)
+    if isinstance(samples, SmoothnessRecord):
+        samples = samples.samples()
     if not samples:
-        raise ValueError("samples is empty; there is no leaf to fit.")
+        raise ValueError(
+            "samples is empty; there is no leaf to fit. Call record.append(opt_state) in each step."
+        )
     return SmoothnessFit({path: _fit_leaf(path, leaf, hinge) for path, leaf in samples.items()})
 
 
