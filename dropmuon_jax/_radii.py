@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -12,6 +13,7 @@ from dropmuon_jax._checks import check_nonnegative, check_positive, is_python_nu
 from dropmuon_jax._layers import leaf_paths, masked_paths, match_leaves
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptiveRadius:
     """The constants of a radius ‖M‖* / (L⁰ + L¹‖M‖*), made by :func:`adaptive_radius`."""

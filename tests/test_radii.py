@@ -394,3 +394,17 @@ def test_an_injected_schedule_is_the_schedule():
 def test_mappings_and_adaptive_radii_pass_through_injection(radius):
     injected = optax.inject_hyperparams(dm.sign_lmo)(radius=radius)
     jax.tree.map(np.testing.assert_array_equal, steps(injected), steps(dm.sign_lmo(radius)))
+
+
+def test_an_adaptive_radius_is_a_tree_of_its_constants():
+    # So that a step may take it as an argument, with no compilation for each fit.
+    @jax.jit
+    def step(radius, grads):
+        tx = dm.sign_lmo(radius, normalized=False)
+        return tx.update(grads, tx.init(grads))[0]
+
+    grads = {"w": jnp.array([5.0, -1.0])}
+    for l0, length in ((2.0, 0.75), (6.0, 0.5)):
+        updates = step(dm.adaptive_radius(l0, 1.0), grads)
+        np.testing.assert_allclose(updates["w"], [length, -length], rtol=1e-6)
+    assert step._cache_size() == 1
