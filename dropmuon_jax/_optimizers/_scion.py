@@ -26,7 +26,7 @@ from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_ma
 
 # The radii of Scion's recipes (arXiv:2502.07529 and its repository): for a GPT-2 of width 768 with
 # a tied head and without learned positions, biases and scales, and for the CNN of airbench, whose
-# biases are those of batch norms. Those of convolutions without one want less: see the README.
+# biases are those of batch norms.
 SCION_GPT_RADII: Mapping[str, float] = MappingProxyType(
     {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0}
 )

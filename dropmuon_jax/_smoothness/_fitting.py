@@ -88,10 +88,10 @@ def fit_smoothness(
     It is convex, and quadratic wherever no residual changes its sign: solved to the last digits by
     Newton's method, with non-negative least squares for its quadratics.
 
-    **What it tells.** The constants are those of the steps that were measured. In
-    `benchmarks/smoothness.py` a measured run with 16 times the radius predicts radii 5 times as
-    long from exact gradients, 3 times from gradients of the same batches, and 19 times, which is no
-    more than that radius handed back, from different batches: fit those to noiseless samples. The
+    **What it tells.** The constants are those of the steps that were measured: in
+    `benchmarks/smoothness.py`, `--fit-radius 0.4` predicts radii several times as long as
+    `--fit-radius 0.025`, and from different batches hardly more than that radius handed back: fit
+    noiseless samples. At its default the
     radii of the fit to the same batches were within a factor of 2 of the best multiple, in final
     loss; those from exact gradients never raised the loss, nor did twice as long ones, and 8 times
     as long ones went furthest in 40 steps.
