@@ -1,4 +1,4 @@
-"""Momentum: what is averaged over the steps before an LMO looks at it."""
+"""The exponential moving average of the gradients, and its schedule."""
 
 from typing import Any, NamedTuple
 
