@@ -1,6 +1,10 @@
 """Muon-like optimizers that skip layers and their backward pass, as Optax transformations."""
 
-from dropmuon_jax._backprop import masked_value_and_grad, switch_depth
+from dropmuon_jax._backprop import (
+    masked_value_and_grad,
+    masked_value_and_grad_pair,
+    switch_depth,
+)
 from dropmuon_jax._labels import ROLES, matrix_labels, role_labels, role_table
 from dropmuon_jax._layers import Layers, layers_by_path, trace_layers
 from dropmuon_jax._lmo import (
@@ -24,7 +28,20 @@ from dropmuon_jax._lmo import (
     svd_lmo,
     svd_sharp,
 )
-from dropmuon_jax._momentum import MomentumState, gluon_decay, momentum
+from dropmuon_jax._momentum import (
+    MarsMomentumState,
+    MomentumState,
+    MVRMomentumState,
+    PrevParamsState,
+    gluon_decay,
+    keep_prev_params,
+    mars_momentum,
+    momentum,
+    mvr_decay,
+    mvr_momentum,
+    mvr_q,
+    prev_params,
+)
 from dropmuon_jax._norms import (
     Geometry,
     Norm,
@@ -49,7 +66,7 @@ from dropmuon_jax._optimizers import (
     scion_init,
 )
 from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
-from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius, gluon_radius
+from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius, gluon_radius, mvr_radius
 from dropmuon_jax._sampling import (
     LayerDistribution,
     LayerMaskSampler,
@@ -87,9 +104,12 @@ __all__ = [
     "LayerMaskSamplerState",
     "Layers",
     "LeafSmoothness",
+    "MVRMomentumState",
+    "MarsMomentumState",
     "MomentumState",
     "Norm",
     "PerLayerState",
+    "PrevParamsState",
     "RadiusState",
     "SmoothnessFit",
     "SmoothnessRecord",
@@ -116,12 +136,19 @@ __all__ = [
     "gluon_decay",
     "gluon_radius",
     "independent_layers",
+    "keep_prev_params",
     "layer_mask_sampler",
     "layers_by_path",
+    "mars_momentum",
     "masked_value_and_grad",
+    "masked_value_and_grad_pair",
     "matrix_labels",
     "momentum",
     "muon",
+    "mvr_decay",
+    "mvr_momentum",
+    "mvr_q",
+    "mvr_radius",
     "newton_schulz",
     "newton_schulz_lmo",
     "newton_schulz_sharp",
@@ -131,6 +158,7 @@ __all__ = [
     "per_layer",
     "plot_smoothness",
     "polar_express_coefficients",
+    "prev_params",
     "rms_lmo",
     "rms_norm",
     "rms_sharp",

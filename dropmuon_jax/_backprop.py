@@ -1,4 +1,4 @@
-"""The backward pass, computed for the active layers only."""
+"""The backward pass, computed for the active layers only, at one point or at two."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dropmuon_jax._checks import describe
+from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._sampling import LayerMaskSampler
 
@@ -68,6 +69,78 @@ def masked_value_and_grad(
         return value, treedef.unflatten(grads)
 
     return value_and_grad
+
+
+def masked_value_and_grad_pair(
+    loss_fn: Callable[..., Any], has_aux: bool = False, *, stacked: bool = False
+) -> Callable[..., tuple[Any, tuple[Any, Any]]]:
+    """The gradients of one batch at two points, of which variance reduction takes the difference.
+
+    :func:`masked_value_and_grad` at the parameters, and at the previous parameters of the active
+    layers, with the same other arguments: the same batch, dropout and augmentation. Inactive layers
+    are at both points what they are now. Both backward passes stop below the shallowest active
+    leaf, and the forward pass below it is the same in both, so that the compiled program has it
+    once: a step costs at most twice the truncated one.
+
+    Args:
+        loss_fn: As in :func:`masked_value_and_grad`.
+        has_aux: Likewise.
+        stacked: Whether to evaluate both points in one pass, by `jax.vmap` over the two, in place
+            of one after the other. Same gradients; the parameters are copied into a stack, and the
+            residuals of both passes are held at once. `benchmarks/two_gradients.py` measures both.
+
+    Returns:
+        A function of `(params, prev_params, *args, layer_mask, **kwargs)` that returns
+        `(value, (grads, prev_params_grads))`, or `((value, aux), (grads, prev_params_grads))` with
+        `has_aux`: value and aux at `params`. `prev_params` are those of :func:`prev_params`.
+        `layer_mask` is required; None makes all layers active. It raises TypeError for a mask that
+        is traced or no tree of Python booleans, and ValueError if mask or `prev_params` do not fit
+        `params`.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"stem": jnp.array(2.0), "head": jnp.array(5.0)}
+        >>> prev_params = {"stem": jnp.array(1.0), "head": jnp.array(4.0)}
+        >>> layers = dm.layers_by_path(params, ["stem", "head"])
+        >>> loss_fn = lambda p, x: p["head"] ** 2 * (p["stem"] * x)
+        >>> value, (grads, prev_grads) = dm.masked_value_and_grad_pair(loss_fn)(
+        ...     params, prev_params, 3.0, layer_mask=layers.mask(1)
+        ... )
+        >>> print(value, grads["head"], prev_grads["head"])  # 2 · head · (2 · 3)
+        150.0 60.0 48.0
+    """
+    single = masked_value_and_grad(loss_fn, has_aux=has_aux)
+
+    def value_and_grad_pair(
+        params: Any, prev_params: Any, *args: Any, layer_mask: Any, **kwargs: Any
+    ):
+        layer_mask = resolve_mask(layer_mask, params, {})
+        prev_params = restructure_like("prev_params", prev_params, params)
+        previous = jax.tree.map(
+            lambda active, old, now: old if active else now, layer_mask, prev_params, params
+        )
+        if not stacked:
+            value, grads = single(params, *args, layer_mask=layer_mask, **kwargs)
+            _, prev_grads = single(previous, *args, layer_mask=layer_mask, **kwargs)
+            return value, (grads, prev_grads)
+
+        both = jax.tree.map(
+            lambda active, now, old: jnp.stack([now, old]) if active else now,
+            layer_mask,
+            params,
+            previous,
+        )
+        axes = jax.tree.map(lambda active: 0 if active else None, layer_mask)
+        value, grads = jax.vmap(
+            lambda point: single(point, *args, layer_mask=layer_mask, **kwargs), in_axes=(axes,)
+        )(both)
+        value, now, old = (
+            jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+            for tree, i in ((value, 0), (grads, 0), (grads, 1))
+        )
+        return value, (now, old)
+
+    return value_and_grad_pair
 
 
 def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:

@@ -90,11 +90,41 @@ def gluon_radius(radius: float | Array) -> optax.Schedule:
         Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
         :func:`gluon_decay` for the momentum.
     """
+    return _falling_radius(radius, 0.75)
+
+
+def mvr_radius(radius: float | Array) -> optax.Schedule:
+    """The radius for variance-reduced momentum: radius · (k + 1)^-⅔ in step k.
+
+    Args:
+        radius: That of the first step, positive.
+
+    Returns:
+        A schedule, for an LMO's `radius` or for a learning rate.
+
+    Raises:
+        ValueError: If `radius` is a Python number that is not positive.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> schedule = dm.mvr_radius(0.8)
+        >>> print(f"{schedule(0):.3f} {schedule(7):.3f}")
+        0.800 0.200
+
+    References:
+        Qian et al., *Muon is Provably Faster with Momentum Variance Reduction*, 2025,
+        arXiv:2512.16598: the rate K^-⅓, from which the schedule is derived, with :func:`mvr_decay`
+        for the momentum.
+    """
+    return _falling_radius(radius, 2 / 3)
+
+
+def _falling_radius(radius: float | Array, power: float) -> optax.Schedule:
     check_positive("radius", radius)
 
     def schedule(count: Any) -> Array:
         steps = jnp.asarray(count, jnp.result_type(float)) + 1
-        return jnp.asarray(radius, steps.dtype) * steps**-0.75
+        return jnp.asarray(radius, steps.dtype) * steps**-power
 
     return schedule
 

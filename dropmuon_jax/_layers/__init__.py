@@ -3,7 +3,7 @@
 from dropmuon_jax._layers._by_path import layers_by_path
 from dropmuon_jax._layers._by_trace import trace_layers
 from dropmuon_jax._layers._layers import Layers, check_layers
-from dropmuon_jax._layers._paths import leaf_keys, leaf_paths, masked_paths
+from dropmuon_jax._layers._paths import leaf_keys, leaf_paths, masked_paths, restructure_like
 from dropmuon_jax._layers._patterns import match_leaves
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "leaf_paths",
     "masked_paths",
     "match_leaves",
+    "restructure_like",
     "trace_layers",
 ]

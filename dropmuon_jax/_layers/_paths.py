@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, KeyPath
 
@@ -37,6 +38,36 @@ def leaf_paths(tree: Any) -> list[str]:
         return path[:-1] if wraps_one_value else path
 
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
+
+
+def restructure_like(name: str, tree: Any, reference: Any) -> Any:
+    """The tree in the containers of another one with the same leaves.
+
+    Args:
+        name: What the message calls the tree.
+        tree: A tree of arrays.
+        reference: The gradients that it belongs to.
+
+    Raises:
+        ValueError: If leaves are missing, too many, or of other shapes, naming some.
+    """
+    given, expected = jax.tree.leaves(tree), jax.tree.leaves(reference)
+    keys, expected_keys = leaf_keys(tree), leaf_keys(reference)
+    if keys != expected_keys:
+        paths, expected_paths = set(leaf_paths(tree)), set(leaf_paths(reference))
+        missing, extra = sorted(expected_paths - paths), sorted(paths - expected_paths)
+        differences = [f"'{path}' is missing" for path in missing[:3]]
+        differences += [f"'{path}' is not in the gradients" for path in extra[:3]]
+        raise ValueError(
+            f"{name} must have the leaves of the gradients: {'; '.join(differences) or 'order'}."
+        )
+    for path, leaf, other in zip(leaf_paths(reference), given, expected, strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(leaf)} at '{path}', and the gradient has "
+                f"{jnp.shape(other)}."
+            )
+    return jax.tree.unflatten(jax.tree.structure(reference), given)
 
 
 def masked_paths(tree: Any) -> list[str]:

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import describe, static_int
-from dropmuon_jax._layers import leaf_paths
+from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import map_active, resolve_mask
 from dropmuon_jax._matrices import (
     DimensionNumbers,
@@ -177,7 +177,7 @@ def track_smoothness(
                 "tx.update(grads, opt_state, params)."
             )
         if prev_params_grads is not None:
-            _check_same_leaves("prev_params_grads", prev_params_grads, updates)
+            prev_params_grads = restructure_like("prev_params_grads", prev_params_grads, updates)
         active = np.array(jax.tree.leaves(layer_mask), bool)
         all_axes = norm.axes(updates, dimension_numbers)
 
@@ -275,15 +275,6 @@ def _overwrite(tree: Any, new: Any, active: np.ndarray) -> Any:
         jnp.array(fresh, dtype=old.dtype, copy=True) if flag else old
         for old, fresh, flag in zip(leaves, jax.tree.leaves(new), active, strict=True)
     )
-
-
-def _check_same_leaves(name: str, tree: Any, updates: Any) -> None:
-    given, expected = leaf_paths(tree), leaf_paths(updates)
-    if given != expected:
-        difference = sorted(set(given) ^ set(expected))[:3]
-        raise ValueError(
-            f"{name} must have the leaves of the gradients; they differ in {difference}."
-        )
 
 
 def _at_least_f32(leaf: Array) -> np.dtype:

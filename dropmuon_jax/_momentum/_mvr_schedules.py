@@ -1,0 +1,53 @@
+"""The schedules with which variance reduction has its rate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def mvr_decay() -> optax.Schedule:
+    """The decay of MVR for noisy non-convex problems: 1 - (k + 1)^-⅔ in step k.
+
+    With steps of length :func:`mvr_radius` the error of the momentum falls as K^-⅓, and with it
+    the gradient; the averages of :func:`gluon_decay` reach K^-¼.
+
+    Returns:
+        A schedule for the decay of variant 1 of :func:`mvr_momentum`. In variants 2 and 3 it is
+        :func:`mvr_q` that brings the rate, with any fixed decay.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> decay = dm.mvr_decay()
+        >>> print(f"{decay(0):.3f} {decay(7):.3f}")
+        0.000 0.750
+
+    References:
+        Qian et al., 2025, arXiv:2512.16598: the rate. The schedule is derived from it: weights of
+        the new gradient and steps ∝ K^-⅔ balance noise and movement, as in STORM.
+    """
+    weight = mvr_q()
+    return lambda count: 1 - weight(count)
+
+
+def mvr_q() -> optax.Schedule:
+    """The weight q of the new gradient in MVR-2 and MVR-3 for noisy problems: (k + 1)^-⅔ in step k.
+
+    Returns:
+        A schedule for the `q` of :func:`mvr_momentum`.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> print(f"{dm.mvr_q()(7):.3f}")
+        0.250
+
+    References:
+        As :func:`mvr_decay`.
+    """
+
+    def schedule(count: Any) -> jax.Array:
+        steps = jnp.asarray(count, jnp.result_type(float)) + 1
+        return steps ** (-2 / 3)
+
+    return schedule

@@ -1,0 +1,151 @@
+"""The previous parameters, at which variance reduction takes the second gradient of a batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from dropmuon_jax._checks import check_floating
+from dropmuon_jax._layers import leaf_keys, leaf_paths
+from dropmuon_jax._masks import map_active, resolve_mask
+
+
+class PrevParamsState(NamedTuple):
+    """State of :func:`keep_prev_params`, and a part of that of :func:`mvr_momentum`."""
+
+    params: optax.Params
+    """X of each leaf before the last step in which it was active; at first the initial X."""
+    last_step: Int[Array, " leaves"]
+    """Which step that was, -1 before the first."""
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """All steps."""
+
+
+def keep_prev_params(dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Passes the gradients on, and keeps the parameters for :func:`prev_params`.
+
+    :func:`mvr_momentum` keeps those of its own leaves. This is for leaves that other chains step:
+    the second gradient of a batch is that of the whole network at its previous parameters.
+    :func:`muon` and :func:`drop_muon` put it where it is needed.
+
+    Args:
+        dtype: The dtype in which parameters are kept, by default theirs.
+
+    Returns:
+        A transformation whose `update` needs `params` and takes the extra argument `layer_mask`
+        (by default all active). The gradients of active leaves are returned as they are; an
+        inactive leaf has update zero and keeps every bit of its state, a :class:`PrevParamsState`.
+
+    Raises:
+        TypeError: At construction, if `dtype` is not of floating-point numbers.
+        ValueError: In `update`, without `params`.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
+        >>> tx = optax.chain(dm.keep_prev_params(), optax.sgd(0.5))
+        >>> params = {"w": jnp.array([2.0])}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> print(params["w"], dm.prev_params(state, params)["w"])
+        [1.] [2.]
+    """
+    if dtype is not None:
+        check_floating("dtype", dtype)
+
+    def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
+        layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        state = remember(state, params, layer_mask, name="keep_prev_params")
+        return map_active(lambda update: update, layer_mask, updates), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: init_prev_params(params, dtype), update_fn
+    )
+
+
+def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The parameters before the last step, as the state of an optimizer with MVR keeps them.
+
+    With dropped layers: each leaf as it was before the last step in which it was active. That is
+    what :func:`masked_value_and_grad_pair` takes.
+
+    Args:
+        opt_state: The state of an optimizer that contains :func:`mvr_momentum`, before `update`.
+        params: The parameters, all of them.
+
+    Returns:
+        A tree like `params`; before the first step the parameters that `init` saw.
+
+    Raises:
+        ValueError: If the state keeps no parameters, or not those of every leaf, naming one.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
+        >>> tx = optax.chain(dm.mvr_momentum(), optax.scale(-1.0))
+        >>> params = {"w": jnp.array([2.0])}
+        >>> updates, state = tx.update(params, tx.init(params), params, prev_params_grads=params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> print(params["w"], dm.prev_params(state, params)["w"])
+        [0.] [2.]
+    """
+    found: dict[str, Array] = {}
+    for node in jax.tree.leaves(opt_state, is_leaf=_keeps_params):
+        if _keeps_params(node):
+            found |= zip(leaf_keys(node.params), jax.tree.leaves(node.params), strict=True)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = leaf_keys(params)
+    for key, path in zip(keys, leaf_paths(params), strict=True):
+        if key not in found:
+            raise ValueError(
+                f"opt_state keeps no previous parameters of '{path}'. "
+                + (
+                    "Put dm.keep_prev_params() first into the chain that steps it."
+                    if found
+                    else "Is there a dm.mvr_momentum in the optimizer, and is this its state?"
+                )
+            )
+    return treedef.unflatten(
+        found[key].astype(leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+    )
+
+
+def keeps_prev_params(opt_state: Any) -> bool:
+    """Whether a state has a part that keeps parameters."""
+    return any(map(_keeps_params, jax.tree.leaves(opt_state, is_leaf=_keeps_params)))
+
+
+def init_prev_params(params: optax.Params, dtype: Any = None) -> PrevParamsState:
+    """The state before the first step. Copies, so that parameters and state can be donated."""
+    return PrevParamsState(
+        jax.tree.map(lambda p: jnp.array(p, dtype=dtype or p.dtype, copy=True), params),
+        jnp.full(len(jax.tree.leaves(params)), -1, jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def remember(
+    state: PrevParamsState, params: optax.Params | None, layer_mask: Any, *, name: str
+) -> PrevParamsState:
+    """The state after a step in which the leaves of a mask are active."""
+    if params is None:
+        raise ValueError(
+            f"{name} keeps the parameters: pass them to update, "
+            "tx.update(grads, opt_state, params)."
+        )
+    leaves, treedef = jax.tree.flatten(state.params)
+    active = np.array(jax.tree.leaves(layer_mask), bool)
+    kept = [
+        jnp.array(fresh, dtype=old.dtype, copy=True) if flag else old
+        for old, fresh, flag in zip(leaves, jax.tree.leaves(params), active, strict=True)
+    ]
+    return PrevParamsState(
+        treedef.unflatten(kept),
+        jnp.where(active, state.count, state.last_step),
+        jnp.asarray(optax.safe_increment(state.count)),
+    )
+
+
+def _keeps_params(node: Any) -> bool:
+    return isinstance(node, PrevParamsState)
