@@ -61,9 +61,12 @@ from dropmuon_jax._optimizers import (
     drop_muon,
     drop_scion,
     gluon,
+    gluon_mvr,
     muon,
+    muon_mvr,
     scion,
     scion_init,
+    star_convex_rate,
 )
 from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
 from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius, gluon_radius, mvr_radius
@@ -134,6 +137,7 @@ __all__ = [
     "full_depth",
     "gluon",
     "gluon_decay",
+    "gluon_mvr",
     "gluon_radius",
     "independent_layers",
     "keep_prev_params",
@@ -145,6 +149,7 @@ __all__ = [
     "matrix_labels",
     "momentum",
     "muon",
+    "muon_mvr",
     "mvr_decay",
     "mvr_momentum",
     "mvr_q",
@@ -175,6 +180,7 @@ __all__ = [
     "spectral_lmo",
     "spectral_norm",
     "spectral_sharp",
+    "star_convex_rate",
     "svd_lmo",
     "svd_sharp",
     "switch_depth",

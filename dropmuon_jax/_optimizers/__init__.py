@@ -10,6 +10,7 @@ from dropmuon_jax._optimizers._scion import (
     scion,
     scion_init,
 )
+from dropmuon_jax._optimizers._variance_reduced import gluon_mvr, muon_mvr, star_convex_rate
 
 __all__ = [
     "ROLE_NORMS",
@@ -19,7 +20,10 @@ __all__ = [
     "drop_muon",
     "drop_scion",
     "gluon",
+    "gluon_mvr",
     "muon",
+    "muon_mvr",
     "scion",
     "scion_init",
+    "star_convex_rate",
 ]

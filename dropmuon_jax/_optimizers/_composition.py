@@ -1,6 +1,7 @@
 """What the ready-made optimizers have in common: chains by role, and checks of their parts."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -61,7 +62,8 @@ def role_subtrees(
     check_rate("learning_rate", learning_rate)
     check_role_radii(radii)
     if constrained:
-        _check_constrained(learning_rate, radii)
+        check_constrained_rate(learning_rate)
+        _check_constrained(radii)
     check_direction("momentum", momentum, drops_layers=drops_layers)
     directions: dict[str, optax.GradientTransformation] = {
         role: norm_lmo(
@@ -143,14 +145,18 @@ def check_role_numbers(labels: Any, numbers: DimensionNumbers | None) -> None:
             )
 
 
-def _check_constrained(learning_rate: optax.ScalarOrSchedule, radii: Mapping[str, Radius]) -> None:
-    """Error for a learning rate above 1, or a radius without a ball that stays."""
+def check_constrained_rate(learning_rate: optax.ScalarOrSchedule) -> None:
+    """Error for a learning rate above 1, with which X would leave its ball."""
     first = learning_rate(0) if callable(learning_rate) else learning_rate
     if not isinstance(first, Tracer) and first > 1:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(
             f"learning_rate is the γ of (1 - γ)X + γ lmo, at most 1, got {first}. The length of a "
             "step is γ · radius."
         )
+
+
+def _check_constrained(radii: Mapping[str, Radius]) -> None:
+    """Error for a radius without a ball that stays."""
     for role, radius in radii.items():
         if any(isinstance(of_leaf, AdaptiveRadius) for of_leaf in distinct_radii(radius)):
             raise ValueError(
@@ -221,9 +227,10 @@ def check_direction(
     try:
         with jax.ensure_compile_time_eval():
             state = transformation.init(probe)
-            update: Any = transformation.update(probe, state, probe)[0]
+            step = functools.partial(transformation.update, prev_params_grads=probe)
+            update: Any = step(probe, state, probe)[0]
             descends = bool(jnp.sum(update["probe"]) < 0)
-            asleep = transformation.update(probe, state, probe, layer_mask={"probe": False})[1]
+            asleep = step(probe, state, probe, layer_mask={"probe": False})[1]
             remembers = any(
                 not bool(jnp.array_equal(new, old, equal_nan=True))
                 for new, old in zip(jax.tree.leaves(asleep), jax.tree.leaves(state), strict=True)

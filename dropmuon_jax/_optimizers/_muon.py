@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
-from dropmuon_jax import _momentum
 from dropmuon_jax._checks import check_nonnegative, is_python_number
 from dropmuon_jax._labels import matrix_labels
 from dropmuon_jax._layers import Layers
 from dropmuon_jax._lmo import newton_schulz_lmo
+from dropmuon_jax._momentum import keep_prev_params, keeps_prev_params
+from dropmuon_jax._momentum import momentum as _momentum
 from dropmuon_jax._optimizers._composition import check_direction, check_rate, every_layer
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
 from dropmuon_jax._subtrees import chain_subtrees, per_layer
@@ -51,7 +54,8 @@ def drop_muon(
         layers: The layers, over the whole parameters.
         depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
         seed: Seed of the draws, a Python integer.
-        momentum: The momentum of the matrices, by default `momentum(decay=0.9)`.
+        momentum: The momentum of the matrices, by default `momentum(decay=0.9)`. With
+            :func:`mvr_momentum` the previous parameters of everything else are kept too.
         lmo: The LMO of the matrices, by default `newton_schulz_lmo(shape_factor="muon")`.
         weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X.
         auxiliary: The direction for everything else, by default `optax.scale_by_adam()`; for AdamW
@@ -189,16 +193,28 @@ def _muon_subtrees(
     check_nonnegative("weight_decay", weight_decay)
     no_decay = is_python_number(weight_decay) and weight_decay == 0
 
+    if momentum is None:
+        momentum = _momentum(decay=0.9)
     matrices = optax.chain(
-        _momentum.momentum(decay=0.9) if momentum is None else momentum,
+        momentum,
         newton_schulz_lmo(shape_factor="muon") if lmo is None else lmo,
         *([] if no_decay else [freeze(optax.add_decayed_weights(weight_decay))]),
         optax.scale_by_learning_rate(learning_rate),
     )
     others = optax.chain(
+        *([keep_prev_params()] if _keeps_prev_params(momentum) else []),
         freeze(optax.scale_by_adam() if auxiliary is None else auxiliary),
         optax.scale_by_learning_rate(auxiliary_learning_rate),
     )
     return chain_subtrees(
         {"matrix": matrices, "other": others}, matrix_labels if labels is None else labels
     )
+
+
+def _keeps_prev_params(momentum: optax.GradientTransformation) -> bool:
+    """Whether the momentum needs the network's previous parameters; False where it cannot tell."""
+    try:
+        state = jax.eval_shape(momentum.init, {"probe": jax.ShapeDtypeStruct((2, 2), np.float32)})
+    except (LookupError, TypeError, ValueError):
+        return False  # made for other parameters
+    return keeps_prev_params(state)
