@@ -115,7 +115,9 @@ def masked_value_and_grad_pair(
         params: Any, prev_params: Any, *args: Any, layer_mask: Any, **kwargs: Any
     ):
         layer_mask = resolve_mask(layer_mask, params, {})
-        prev_params = restructure_like("prev_params", prev_params, params)
+        prev_params = restructure_like(
+            "prev_params", prev_params, params, reference_name="parameters"
+        )
         previous = jax.tree.map(
             lambda active, old, now: old if active else now, layer_mask, prev_params, params
         )

@@ -144,7 +144,7 @@ def check_radius(name: str, radius: Any) -> None:
                     f"{name}[{pattern!r}] is a mapping again; write one pattern of both."
                 )
             check_radius(f"{name}[{pattern!r}]", of_leaf)
-    elif radius is gluon_radius or radius is adaptive_radius:
+    elif any(radius is factory for factory in (gluon_radius, mvr_radius, adaptive_radius)):
         raise TypeError(f"{name} is dm.{radius.__name__} itself: call it with its arguments.")
     elif not isinstance(radius, AdaptiveRadius) and not callable(radius):
         check_positive(name, radius)

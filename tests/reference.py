@@ -155,6 +155,66 @@ class Scion:
         }
 
 
+def mvr_average(variant, g, g_prev, m, estimator, *, decay, q):
+    """M and G of MVR-1, MVR-2 and MVR-3 (arXiv:2512.16598); g and g_prev are of one batch."""
+    if variant == 1:
+        return g + decay * (m - g_prev), None
+    estimator = g + (1 - q) * (estimator - g_prev)
+    m = decay * m + (1 - decay) * estimator
+    if variant == 3:
+        m = m + decay * (g - g_prev)
+    return m, estimator
+
+
+class DropMVR:
+    """Steps of radius lr · UVᵀ(M) of the layers that are drawn, with M by MVR.
+
+    A layer's previous parameters are those before its own last step; `on_waking` says what becomes
+    of M and G after k - j > 1 steps.
+    """
+
+    def __init__(self, params, variant, *, on_waking, start):
+        self.params = {name: np.asarray(x, np.float64) for name, x in params.items()}
+        self.before = dict(self.params)
+        self.last_step = dict.fromkeys(params, None)
+        self.averages = {name: (np.zeros_like(x),) * 2 for name, x in self.params.items()}
+        self.variant = variant
+        self.on_waking = on_waking
+        self.start = start
+
+    def step(self, k, active, gradient, *, lr, decay, q):
+        """Step k, of the layers named in `active`; `gradient` is a function of all parameters."""
+        g = gradient(self.params)
+        point = {name: (self.before if name in active else self.params)[name] for name in g}
+        g_prev = gradient(point)
+        for name in active:
+            past, m_and_g = (decay, q), self.averages[name]
+            other = g_prev[name]
+            slept = k - self.last_step[name] > 1 if self.last_step[name] is not None else False
+            if self.on_waking == "decay" and slept:
+                power = k - self.last_step[name]
+                past = decay**power, 1 - (1 - q) ** power
+            if self.last_step[name] is None and self.start == "zero":
+                other = g[name]
+            restart = self.last_step[name] is None and self.start == "gradient"
+            if restart or (slept and self.on_waking == "restart"):
+                self.averages[name] = g[name], g[name]
+            else:
+                self.averages[name] = mvr_average(
+                    self.variant, g[name], other, *m_and_g, decay=past[0], q=past[1]
+                )
+            self.last_step[name] = k
+        self.before |= {name: self.params[name] for name in active}
+        for name in active:
+            self.params[name] = self.params[name] - lr * polar_factor(self.averages[name][0])
+
+
+def mars_average(g, g_last, m, *, decay, gamma):
+    """M of MARS-M (arXiv:2411.10438 and its code), clipped to norm 1."""
+    c = g + gamma * decay / (1 - decay) * (g - g_last)
+    return decay * m + (1 - decay) * c / max(1, np.linalg.norm(c))
+
+
 def epoch_shift(step, num_steps, num_layers, alpha):
     """p_s ∝ exp(α[(1 - τ)(b - 1 - s) + τs])."""
     tau = min(step / num_steps, 1)

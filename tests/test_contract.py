@@ -63,6 +63,7 @@ class Case:
     has_memory: bool = True  # state for each leaf, not only a count
     promotes: bool = False  # a part from Optax gives float32 for bfloat16 gradients
     descends: bool = False  # its updates are steps; otherwise they have the gradient's sign
+    takes_two_gradients: bool = False
 
     @property
     def tx(self) -> Any:
@@ -82,9 +83,15 @@ class Case:
     def tree(self, seed: int, dtype: Any = jnp.float32) -> Any:
         return random_tree(seed, biases=self.biases, dtype=dtype)
 
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """What `update` needs besides a mask."""
+        return {"prev_params_grads": self.tree(20)} if self.takes_two_gradients else {}
+
     def mask(self, active: tuple[bool, ...]) -> dict[str, Any]:
-        """The extra argument that activates these layers; none for Muon."""
-        return {"layer_mask": self.layers.subset(active)} if self.takes_mask else {}
+        """The extra arguments of a step in which these layers are active; no mask for Muon."""
+        mask = {"layer_mask": self.layers.subset(active)} if self.takes_mask else {}
+        return mask | self.extra_args
 
 
 CASES = {
@@ -92,6 +99,9 @@ CASES = {
     "momentum_nesterov": Case(lambda: dm.momentum(0.8, nesterov=True)),
     "momentum_bfloat16": Case(lambda: dm.momentum(0.8, dtype=jnp.bfloat16)),
     "momentum_scheduled": Case(lambda: dm.momentum(dm.gluon_decay())),
+    "mvr_momentum": Case(lambda: dm.mvr_momentum(0.8, variant=3), takes_two_gradients=True),
+    "mars_momentum": Case(lambda: dm.mars_momentum(0.8)),
+    "keep_prev_params": Case(dm.keep_prev_params),
     "newton_schulz_lmo": Case(lambda: LMO, biases=False, has_memory=False),
     "newton_schulz_sharp": Case(
         lambda: dm.newton_schulz_sharp(0.3, num_steps=2), biases=False, has_memory=False
@@ -133,6 +143,14 @@ CASES = {
         promotes=True,
         descends=True,
     ),
+    "drop_muon_mvr": Case(
+        lambda: dm.drop_muon(
+            0.1, LAYERS, dm.uniform_depth(), seed=1, momentum=dm.mvr_momentum(0.8), lmo=LMO
+        ),
+        promotes=True,
+        descends=True,
+        takes_two_gradients=True,
+    ),
     "muon": Case(
         lambda: dm.muon(0.1, lmo=LMO, weight_decay=0.2),
         takes_mask=False,
@@ -151,7 +169,7 @@ CASES = {
     ),
 }
 MASKED = {name: case for name, case in CASES.items() if case.takes_mask}
-REQUIRING_A_MASK = ("layer_mask_sampler", "drop_muon", "drop_scion")
+REQUIRING_A_MASK = ("layer_mask_sampler", "drop_muon", "drop_muon_mvr", "drop_scion")
 REMEMBERING = {name: case for name, case in MASKED.items() if case.has_memory}
 
 
@@ -573,6 +591,13 @@ INJECTED = {
         {"decay": 0.8, "dtype": jnp.bfloat16},
         ("dtype",),
     ),
+    "mvr_momentum_static_variant": (
+        CASES["mvr_momentum"],
+        dm.mvr_momentum,
+        {"decay": schedule, "variant": 2, "q": 0.3},
+        ("variant",),
+    ),
+    "mars_momentum": (CASES["mars_momentum"], dm.mars_momentum, {"decay": 0.8, "gamma": 0.1}, ()),
     "newton_schulz_lmo": (
         CASES["newton_schulz_lmo"],
         dm.newton_schulz_lmo,
@@ -670,10 +695,10 @@ def test_map_params_reaches_exactly_the_state_of_the_parameters(case):
     mapped = optax.tree.map_params(tx, lambda leaf: jnp.full_like(leaf, 7), state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     for path, leaf in leaves_by_path(mapped).items():
-        if leaf.ndim:
+        if leaf.ndim and not path.endswith((".last_step", ".started")):
             assert (leaf == 7).all(), path
         else:
-            assert leaf == leaves_by_path(state)[path], path
+            assert_same_bits(leaf, leaves_by_path(state)[path])
 
 
 @over(CASES)
@@ -714,7 +739,8 @@ def test_without_a_mask_every_layer_is_active(case):
     tx, params, grads = case.tx, case.tree(0), case.tree(1)
     state = tx.init(params)
     assert_same_bits(
-        tx.update(grads, state, params), tx.update(grads, state, params, **case.mask(ALL))
+        tx.update(grads, state, params, **case.extra_args),
+        tx.update(grads, state, params, **case.mask(ALL)),
     )
 
 

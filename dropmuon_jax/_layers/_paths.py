@@ -40,13 +40,16 @@ def leaf_paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
 
 
-def restructure_like(name: str, tree: Any, reference: Any) -> Any:
+def restructure_like(
+    name: str, tree: Any, reference: Any, *, reference_name: str = "gradients"
+) -> Any:
     """The tree in the containers of another one with the same leaves.
 
     Args:
         name: What the message calls the tree.
         tree: A tree of arrays.
-        reference: The gradients that it belongs to.
+        reference: The other one.
+        reference_name: What the message calls that.
 
     Raises:
         ValueError: If leaves are missing, too many, or of other shapes, naming some.
@@ -57,14 +60,15 @@ def restructure_like(name: str, tree: Any, reference: Any) -> Any:
         paths, expected_paths = set(leaf_paths(tree)), set(leaf_paths(reference))
         missing, extra = sorted(expected_paths - paths), sorted(paths - expected_paths)
         differences = [f"'{path}' is missing" for path in missing[:3]]
-        differences += [f"'{path}' is not in the gradients" for path in extra[:3]]
+        differences += [f"'{path}' is not among them" for path in extra[:3]]
         raise ValueError(
-            f"{name} must have the leaves of the gradients: {'; '.join(differences) or 'order'}."
+            f"{name} must have the leaves of the {reference_name}, and "
+            f"{'; '.join(differences) or 'they are in another order'}."
         )
     for path, leaf, other in zip(leaf_paths(reference), given, expected, strict=True):
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
-                f"{name} has shape {jnp.shape(leaf)} at '{path}', and the gradient has "
+                f"{name} has shape {jnp.shape(leaf)} at '{path}', where the {reference_name} have "
                 f"{jnp.shape(other)}."
             )
     return jax.tree.unflatten(jax.tree.structure(reference), given)

@@ -1,4 +1,4 @@
-"""The exponential moving average of the gradients, and its schedule."""
+"""The exponential moving average of the gradients."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dropmuon_jax._checks import check_decay, check_floating
+from dropmuon_jax._checks import check_floating
 from dropmuon_jax._masks import advance_active, map_active, resolve_mask
+from dropmuon_jax._momentum._schedules import check_decay_or_schedule
 
 
 class MomentumState(NamedTuple):
@@ -63,10 +64,7 @@ def momentum(
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1 (the average; Nesterov's form is Muon's).
     """
-    if decay is gluon_decay:
-        raise TypeError("decay is dm.gluon_decay itself: call it.")
-    if not callable(decay):
-        check_decay("decay", decay)
+    check_decay_or_schedule("decay", decay)
     if dtype is not None:
         check_floating("dtype", dtype)
 
@@ -97,29 +95,3 @@ def momentum(
         return updates, MomentumState(stored, jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def gluon_decay() -> optax.Schedule:
-    """Gluon's decay of the momentum for stochastic gradients: 1 - (k + 1)^-½ in step k.
-
-    The first momentum is the first gradient, and the past weighs more and more.
-
-    Returns:
-        A schedule for :func:`momentum`.
-
-    Examples:
-        >>> import dropmuon_jax as dm
-        >>> decay = dm.gluon_decay()
-        >>> print(decay(0), decay(3), decay(99))
-        0.0 0.5 0.9
-
-    References:
-        Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
-        :func:`gluon_radius`.
-    """
-
-    def schedule(count: Any) -> jax.Array:
-        steps = jnp.asarray(count, jnp.result_type(float)) + 1
-        return 1 - steps**-0.5
-
-    return schedule

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
-from dropmuon_jax._checks import check_decay, check_floating, check_nonnegative, check_positive
+from dropmuon_jax._checks import check_floating, check_nonnegative, check_positive
 from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._momentum._schedules import check_decay_or_schedule
 from dropmuon_jax._norms import euclidean_norm
 
 
@@ -78,8 +79,7 @@ def mars_momentum(
         Reduction Meets Matrices*, 2025, for matrices, with these defaults. Its code takes 0 for the
         gradient before the first, which makes the first C longer by 1 + γ decay / (1 - decay).
     """
-    if not callable(decay):
-        check_decay("decay", decay)
+    check_decay_or_schedule("decay", decay)
     check_nonnegative("gamma", gamma)
     if max_norm is not None:
         check_positive("max_norm", max_norm)
@@ -105,8 +105,8 @@ def mars_momentum(
             correction = jnp.where(started, g - g_last, 0)
             c = g + jnp.asarray(gamma, m.dtype) * beta / (1 - beta) * correction
             if max_norm is not None:
-                limit, norm = jnp.asarray(max_norm, m.dtype), frobenius.norm(c)
-                c = c * jnp.where(norm > limit, limit / norm, 1)
+                limit = jnp.asarray(max_norm, m.dtype)
+                c = jnp.where(frobenius.norm(c) > limit, limit * frobenius.direction(c), c)
             return beta * m + (1 - beta) * c
 
         treedef, structure = jax.tree.structure(state.momentum), jax.tree.structure(updates)

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import (
     check_choice,
-    check_decay,
     check_floating,
     check_nonnegative,
     is_python_number,
@@ -21,6 +20,7 @@ from dropmuon_jax._checks import (
 from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._momentum._prev_params import PrevParamsState, init_prev_params, remember
+from dropmuon_jax._momentum._schedules import check_decay_or_schedule, mvr_q
 
 Start = Literal["gradient", "zero"]
 OnWaking = Literal["correct", "restart", "decay"]
@@ -149,8 +149,7 @@ def mvr_momentum(
     """
     _check_variant(variant)
     _check_q(q, variant)
-    if not callable(decay):
-        check_decay("decay", decay)
+    check_decay_or_schedule("decay", decay)
     check_choice("start", start, get_args(Start))
     check_choice("on_waking", on_waking, get_args(OnWaking))
     for name, given in (("dtype", dtype), ("prev_params_dtype", prev_params_dtype)):
@@ -290,6 +289,8 @@ def _check_q(q: Any, variant: int) -> None:
         return
     if variant == 1:
         raise ValueError("variant 1 has no q: leave it out, or take variant=2 or 3.")
+    if q is mvr_q:
+        raise TypeError("q is dm.mvr_q itself: call it.")
     if callable(q):
         return
     check_nonnegative("q", q)

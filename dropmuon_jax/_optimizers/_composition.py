@@ -24,7 +24,14 @@ from dropmuon_jax._lmo import norm_lmo
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._norms import Norm, column_norm, rms_norm, sign_norm, spectral_norm
 from dropmuon_jax._orthogonalize import newton_schulz
-from dropmuon_jax._radii import AdaptiveRadius, Radius, check_radius, distinct_radii, gluon_radius
+from dropmuon_jax._radii import (
+    AdaptiveRadius,
+    Radius,
+    check_radius,
+    distinct_radii,
+    gluon_radius,
+    mvr_radius,
+)
 from dropmuon_jax._subtrees import chain_subtrees
 
 # Scion's norms (Pethick et al., 2025, arXiv:2502.07529) by role.
@@ -203,8 +210,11 @@ def every_layer(
 
 def check_rate(name: str, rate: optax.ScalarOrSchedule) -> None:
     """Error for a learning rate that is negative or no number; a schedule passes."""
-    if rate is gluon_radius:
-        raise TypeError(f"{name} is dm.gluon_radius itself: call it with the first radius.")
+    for factory in (gluon_radius, mvr_radius):
+        if rate is factory:
+            raise TypeError(
+                f"{name} is dm.{factory.__name__} itself: call it with the first radius."
+            )
     if not callable(rate):
         check_nonnegative(name, rate)
 

@@ -1,10 +1,47 @@
-"""The schedules with which variance reduction has its rate."""
+"""The decay of a momentum, and the schedules with which theory proves its rates."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from dropmuon_jax._checks import check_decay
+
+
+def check_decay_or_schedule(name: str, value: Any) -> None:
+    """Error unless a decay is a number in [0, 1), a scalar array or a schedule."""
+    for factory in (gluon_decay, mvr_decay, mvr_q):
+        if value is factory:
+            raise TypeError(f"{name} is dm.{factory.__name__} itself: call it.")
+    if not callable(value):
+        check_decay(name, value)
+
+
+def gluon_decay() -> optax.Schedule:
+    """Gluon's decay of the momentum for stochastic gradients: 1 - (k + 1)^-½ in step k.
+
+    The first momentum is the first gradient, and the past weighs more and more.
+
+    Returns:
+        A schedule for :func:`momentum`.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> decay = dm.gluon_decay()
+        >>> print(decay(0), decay(3), decay(99))
+        0.0 0.5 0.9
+
+    References:
+        Riabinin et al., *Gluon*, 2025, arXiv:2505.13416, the stochastic theorem, with
+        :func:`gluon_radius`.
+    """
+
+    def schedule(count: Any) -> jax.Array:
+        steps = jnp.asarray(count, jnp.result_type(float)) + 1
+        return 1 - steps**-0.5
+
+    return schedule
 
 
 def mvr_decay() -> optax.Schedule:
