@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dropmuon_jax._checks import check_transformation, did_you_mean
-from dropmuon_jax._layers import Layers, check_layers, leaf_paths
+from dropmuon_jax._layers import Layers, check_layers, leaf_paths, restructure_like
 from dropmuon_jax._masks import resolve_mask
 
 
@@ -70,9 +70,13 @@ def chain_subtrees(
     def update_fn(updates, state, params=None, **extra_args):
         layer_mask = extra_args.pop("layer_mask", None)
         resolved = resolve_mask(layer_mask, updates, extra_args)
+        # Optax cuts an extra argument to a subtree if its structure is that of the updates.
         if layer_mask is not None:
-            # Optax cuts an extra argument to a subtree if its structure is that of the updates.
             extra_args["layer_mask"] = resolved
+        if extra_args.get("prev_params_grads") is not None:
+            extra_args["prev_params_grads"] = restructure_like(
+                "prev_params_grads", extra_args["prev_params_grads"], updates
+            )
         return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1215,6 +1215,206 @@ RADIUS_ERRORS = [
     ),
 ]
 
+MOMENTUM_ERRORS = [
+    error(
+        "without_the_second_gradient",
+        lambda: updated(dm.mvr_momentum()),
+        TypeError,
+        "mvr_momentum needs the extra argument 'prev_params_grads'",
+        "dm.masked_value_and_grad_pair",
+    ),
+    error(
+        "without_the_second_gradient_in_muon",
+        lambda: updated(dm.muon(0.1, momentum=dm.mvr_momentum())),
+        TypeError,
+        "needs the extra argument 'prev_params_grads'",
+    ),
+    *(
+        error(
+            f"the_last_steps_gradient_as_{name}",
+            lambda name=name: updated(dm.mvr_momentum(), **{name: PARAMS}),
+            TypeError,
+            f"update() got '{name}'",
+            "gradient of the last step, on another batch",
+            "prev_params_grads",
+            "dm.mars_momentum",
+        )
+        for name in ("prev_grads", "last_grad", "previous_grads", "old_grads", "prev_grad")
+    ),
+    error(
+        "second_gradient_misspelt",
+        lambda: updated(dm.mvr_momentum(), prev_param_grads=PARAMS),
+        TypeError,
+        "update() got 'prev_param_grads'. Did you mean 'prev_params_grads'?",
+    ),
+    error(
+        "second_gradient_of_another_structure",
+        lambda: updated(dm.mvr_momentum(), prev_params_grads=KERNELS),
+        ValueError,
+        "prev_params_grads must have the leaves of the gradients",
+        "'head/bias' is missing",
+    ),
+    error(
+        "second_gradient_of_another_structure_in_muon",
+        lambda: updated(
+            dm.muon(0.1, momentum=dm.mvr_momentum()), prev_params_grads={**PARAMS, "tail": 0.0}
+        ),
+        ValueError,
+        "prev_params_grads must have the leaves of the gradients",
+        "'tail' is not among them",
+    ),
+    error(
+        "second_gradient_of_another_shape",
+        lambda: updated(
+            dm.mvr_momentum(),
+            prev_params_grads=jax.tree.map(lambda leaf: leaf[None], PARAMS),
+        ),
+        ValueError,
+        "prev_params_grads has shape (1, 2) at 'head/bias', where the gradients have (2,)",
+    ),
+    error(
+        "mvr_without_params",
+        lambda: dm.mvr_momentum().update(
+            PARAMS, dm.mvr_momentum().init(PARAMS), prev_params_grads=PARAMS
+        ),
+        ValueError,
+        "mvr_momentum keeps the parameters: pass them to update",
+    ),
+    error(
+        "keep_prev_params_without_params",
+        lambda: dm.keep_prev_params().update(PARAMS, dm.keep_prev_params().init(PARAMS)),
+        ValueError,
+        "keep_prev_params keeps the parameters: pass them to update",
+    ),
+    error("variant_4", lambda: dm.mvr_momentum(variant=4), ValueError, "variant must be 1, 2 or 3"),
+    error("variant_0", lambda: dm.mvr_momentum(variant=0), ValueError, "variant must be at least"),
+    error(
+        "variant_injected",
+        lambda: dm.mvr_momentum(variant=jnp.array(2)),
+        TypeError,
+        "variant must be a Python integer, got an array",
+        "static_args",
+    ),
+    error(
+        "q_for_variant_1",
+        lambda: dm.mvr_momentum(q=0.5),
+        ValueError,
+        "variant 1 has no q",
+        "variant=2 or 3",
+    ),
+    *(
+        error(
+            f"q_of_{q}",
+            lambda q=q: dm.mvr_momentum(variant=2, q=q),
+            ValueError,
+            "q",
+            f"got {q}",
+        )
+        for q in (0.0, 1.5, -0.5)
+    ),
+    error(
+        "q_schedule_not_called",
+        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_q),
+        TypeError,
+        "q is dm.mvr_q itself: call it",
+    ),
+    error(
+        "decay_schedule_not_called",
+        lambda: dm.mvr_momentum(dm.mvr_decay),
+        TypeError,
+        "decay is dm.mvr_decay itself: call it",
+    ),
+    error("mvr_decay_of_one", lambda: dm.mvr_momentum(1.0), ValueError, "must lie in [0, 1)"),
+    error("mars_decay_of_one", lambda: dm.mars_momentum(1.0), ValueError, "must lie in [0, 1)"),
+    error(
+        "start_unknown",
+        lambda: dm.mvr_momentum(start="zeros"),
+        ValueError,
+        "start must be one of ['gradient', 'zero'], got 'zeros'",
+        "Did you mean 'zero'?",
+    ),
+    error(
+        "on_waking_unknown",
+        lambda: dm.mvr_momentum(on_waking="reset"),
+        ValueError,
+        "on_waking must be one of ['correct', 'decay', 'restart'], got 'reset'",
+    ),
+    error("mvr_dtype", lambda: dm.mvr_momentum(dtype=jnp.int32), TypeError, "dtype", "int32"),
+    error(
+        "prev_params_dtype",
+        lambda: dm.mvr_momentum(prev_params_dtype=jnp.int8),
+        TypeError,
+        "prev_params_dtype must be of a floating-point dtype, got int8",
+    ),
+    error("kept_dtype", lambda: dm.keep_prev_params(jnp.int8), TypeError, "dtype", "int8"),
+    error("gamma_negative", lambda: dm.mars_momentum(gamma=-1.0), ValueError, "gamma", "-1.0"),
+    error("max_norm_zero", lambda: dm.mars_momentum(max_norm=0.0), ValueError, "max_norm", "0.0"),
+    error("mars_dtype", lambda: dm.mars_momentum(dtype=jnp.int32), TypeError, "dtype", "int32"),
+    error(
+        "no_previous_parameters_at_all",
+        lambda: dm.prev_params(dm.momentum().init(PARAMS), PARAMS),
+        ValueError,
+        "opt_state keeps no previous parameters of 'head/bias'",
+        "Is there a dm.mvr_momentum in the optimizer",
+    ),
+    error(
+        "no_previous_parameters_of_a_leaf",
+        lambda: dm.prev_params(dm.mvr_momentum().init(KERNELS), PARAMS),
+        ValueError,
+        "opt_state keeps no previous parameters of 'head/bias'",
+        "dm.keep_prev_params()",
+    ),
+    error(
+        "a_pair_without_a_mask",
+        lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, PARAMS),
+        TypeError,
+        "layer_mask",
+    ),
+    error(
+        "a_pair_with_a_mask_of_another_structure",
+        lambda: dm.masked_value_and_grad_pair(loss_fn)(
+            PARAMS, PARAMS, layer_mask=dm.layers_by_path(KERNELS, ["stem", "mid", "head"]).mask(0)
+        ),
+        ValueError,
+        "'head/bias' is missing from the mask",
+    ),
+    error(
+        "a_pair_with_other_previous_parameters",
+        lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, KERNELS, layer_mask=None),
+        ValueError,
+        "prev_params must have the leaves of the parameters",
+        "'head/bias' is missing",
+    ),
+    error(
+        "constrained_rate_above_one",
+        lambda: dm.muon_mvr(1.5, 3.0),
+        ValueError,
+        "learning_rate",
+        "at most 1, got 1.5",
+    ),
+    error(
+        "weight_of_the_new_gradient_below_the_rate",
+        lambda: dm.muon_mvr(0.2, 3.0, decay=0.9),
+        ValueError,
+        "1 - decay ≥ learning_rate",
+        "dm.mvr_momentum",
+    ),
+    error("ball_of_radius_zero", lambda: dm.muon_mvr(0.2, 0.0), ValueError, "radius", "0.0"),
+    error("radius_schedule", lambda: dm.mvr_radius(0.0), ValueError, "radius must be positive"),
+    error(
+        "radius_schedule_not_called",
+        lambda: dm.gluon_mvr(dm.mvr_radius),
+        TypeError,
+        "learning_rate is dm.mvr_radius itself",
+    ),
+    error(
+        "gluon_mvr_with_a_mask",
+        lambda: updated(dm.gluon_mvr(0.1), KERNELS, layer_mask=LAYERS.mask(0)),
+        TypeError,
+        "takes no layer_mask",
+    ),
+]
+
 OPTIMIZER_ERRORS = [
     error(
         "decay_of_one",
@@ -1309,6 +1509,7 @@ def assert_message(exception: type[Exception], words: tuple[str, ...], function:
         *LMO_ERRORS,
         *NORM_ERRORS,
         *RADIUS_ERRORS,
+        *MOMENTUM_ERRORS,
         *OPTIMIZER_ERRORS,
     ],
 )
@@ -1337,6 +1538,8 @@ def test_a_seed_that_is_no_integer_is_a_type_error(seed):
         pytest.param("radius", dm.newton_schulz_lmo, id="newton_schulz_lmo"),
         pytest.param("step_size", dm.sign_sharp, id="sign_sharp"),
         pytest.param("decay", dm.momentum, id="momentum"),
+        pytest.param("decay", dm.mvr_momentum, id="mvr_momentum"),
+        pytest.param("gamma", dm.mars_momentum, id="mars_momentum"),
         pytest.param("learning_rate", drop_muon, id="drop_muon"),
     ],
 )
