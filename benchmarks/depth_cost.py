@@ -7,8 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from matplotlib.figure import Figure
@@ -18,32 +17,22 @@ from rich.progress import track
 from rich.table import Table
 
 from records import environment, to_json
-from steps_by_depth import make_subject, step_by_hand, step_of_package
+from steps_by_depth import (
+    DepthSettings,
+    ModelName,
+    check_settings,
+    make_subject,
+    step_by_hand,
+    step_of_package,
+)
 
-ModelName = Literal["cnn", "mlp", "transformer"]
-MODELS: tuple[ModelName, ...] = ("cnn", "mlp", "transformer")
 ALLOWED_GAP = 0.02
 GAPS = ("flops_gap", "memory_gap", "traffic_gap", "seconds_gap")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(DepthSettings):
     """Compare FLOPs, memory and time of a step at each depth with a step by hand."""
-
-    output_dir: Path
-    """Folder for depth_cost.json and depth_cost.png."""
-    models: tuple[ModelName, ...] = MODELS
-    """Networks to measure."""
-    batch_size: int = 32
-    """Images, or sequences of 64 tokens, a step."""
-    channels: tuple[int, ...] = (16, 32, 64)
-    """Output channels of each convolution of the CNN."""
-    widths: tuple[int, ...] = (256, 256, 256)
-    """Of each hidden layer of the MLP."""
-    transformer_width: int = 64
-    """Of the transformer's residual stream; a multiple of its 4 heads."""
-    repetitions: int = 20
-    """Timed steps of each kind at each depth; 0 compares counts only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +76,7 @@ class Cost:
 
 def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost]:
     """Every depth of one network, with progress bars."""
-    subject = make_subject(
-        model,
-        batch_size=settings.batch_size,
-        channels=settings.channels,
-        widths=settings.widths,
-        transformer_width=settings.transformer_width,
-    )
+    subject = make_subject(model, settings)
     depths = range(len(subject.patterns))
     steps = {}
     for depth in track(depths, f"{model}: compiling", console=console):
@@ -213,17 +196,7 @@ def make_figure(costs: Sequence[Cost]) -> Figure:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for."""
     settings = tyro.cli(Settings, args=arguments)
-    for name in ("models", "channels", "widths"):
-        if not getattr(settings, name):
-            raise SystemExit(f"--{name} needs at least one value.")
-    if settings.batch_size < 1:
-        raise SystemExit(f"--batch-size must be at least 1, got {settings.batch_size}.")
-    if settings.repetitions < 0:
-        raise SystemExit(f"--repetitions must not be negative, got {settings.repetitions}.")
-    if settings.transformer_width < 4 or settings.transformer_width % 4:
-        raise SystemExit(
-            f"--transformer-width must be a multiple of 4, got {settings.transformer_width}."
-        )
+    check_settings(settings)
     console = Console()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     costs = []

@@ -1,7 +1,12 @@
-"""One training step at one depth, written twice: with this package, and by hand without masks."""
+"""One training step at one depth, written twice: with this package, and by hand without masks.
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+And the networks for which it is measured.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -14,6 +19,45 @@ from models import CNN, MLP, Transformer
 
 # A schedule, as in real runs: what it multiplies, XLA cannot fold away.
 LEARNING_RATE = optax.linear_schedule(0.02, 0.0, 1000)
+
+
+ModelName = Literal["cnn", "mlp", "transformer"]
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthSettings:
+    """Which networks are measured, and how often."""
+
+    output_dir: Path
+    """Folder for the numbers, as JSON, and the plot."""
+    models: tuple[ModelName, ...] = MODELS
+    """Networks to measure."""
+    batch_size: int = 32
+    """Images, or sequences of 64 tokens, a step."""
+    channels: tuple[int, ...] = (16, 32, 64)
+    """Output channels of each convolution of the CNN."""
+    widths: tuple[int, ...] = (256, 256, 256)
+    """Of each hidden layer of the MLP."""
+    transformer_width: int = 64
+    """Of the transformer's residual stream; a multiple of its 4 heads."""
+    repetitions: int = 20
+    """Timed runs of each program at each depth; 0 compares counts only."""
+
+
+def check_settings(settings: DepthSettings) -> None:
+    """Ends the program with a sentence for arguments that make no measurement."""
+    for name in ("models", "channels", "widths"):
+        if not getattr(settings, name):
+            raise SystemExit(f"--{name} needs at least one value.")
+    if settings.batch_size < 1:
+        raise SystemExit(f"--batch-size must be at least 1, got {settings.batch_size}.")
+    if settings.repetitions < 0:
+        raise SystemExit(f"--repetitions must not be negative, got {settings.repetitions}.")
+    if settings.transformer_width < 4 or settings.transformer_width % 4:
+        raise SystemExit(
+            f"--transformer-width must be a multiple of 4, got {settings.transformer_width}."
+        )
 
 
 class Subject(NamedTuple):
@@ -53,23 +97,18 @@ class Step(NamedTuple):
         return self._replace(arguments=(params, opt_state, *self.arguments[2:]))
 
 
-def make_subject(
-    name: str,
-    *,
-    batch_size: int,
-    channels: Sequence[int],
-    widths: Sequence[int],
-    transformer_width: int,
-) -> Subject:
+def make_subject(name: ModelName, settings: DepthSettings) -> Subject:
     """The "cnn" and the "mlp" on 28 × 28 images, the "transformer" on 64 tokens."""
     generator = np.random.default_rng(0)
     if name == "transformer":
-        model = Transformer(width=transformer_width)
-        tokens = generator.integers(model.vocabulary, size=(batch_size, 65), dtype=np.int32)
+        model = Transformer(width=settings.transformer_width)
+        tokens = generator.integers(
+            model.vocabulary, size=(settings.batch_size, 65), dtype=np.int32
+        )
         return Subject(model, model.layer_patterns(), (tokens[:, :-1], tokens[:, 1:]))
-    model = CNN(channels) if name == "cnn" else MLP(widths)
-    images = generator.normal(size=(batch_size, 28, 28, 1)).astype(np.float32)
-    labels = generator.integers(10, size=batch_size, dtype=np.int32)
+    model = CNN(settings.channels) if name == "cnn" else MLP(settings.widths)
+    images = generator.normal(size=(settings.batch_size, 28, 28, 1)).astype(np.float32)
+    labels = generator.integers(10, size=settings.batch_size, dtype=np.int32)
     return Subject(model, model.layer_patterns(), (images, labels))
 
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-import depth_cost
 import dropmuon_jax as dm
 import race
 from images import load_images
@@ -18,7 +17,6 @@ from models import CNN
 from plots import STYLES
 from racing import Race, Run
 from settings import LEARNING_RATES, METHODS, Settings, check_settings, learning_rate
-from steps_by_depth import make_subject, step_by_hand, step_of_package
 from targets import NEVER, first_reached, median_and_spread, summarise
 
 TINY = ["--max-train", "60", "--batch-size", "20", "--channels", "2", "--epochs", "2"]
@@ -312,56 +310,3 @@ def test_unknown_method_is_named(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "--methods" in shown
     assert "adagrad" in shown
-
-
-@pytest.mark.parametrize(
-    ("name", "depths"), [("cnn", (1, 2)), ("mlp", (0, 1)), ("transformer", (4, 5))]
-)
-def test_step_costs_what_it_would_if_only_the_active_layers_were_trainable(name, depths):
-    subject = make_subject(name, batch_size=4, channels=(4, 8), widths=(16,), transformer_width=16)
-    flops = []
-    for depth in depths:
-        package, by_hand = step_of_package(subject, depth), step_by_hand(subject, depth)
-        flops.append(package.flops())
-        assert package.flops() == pytest.approx(by_hand.flops(), rel=0.02)
-        assert package.temporary_bytes() == pytest.approx(by_hand.temporary_bytes(), rel=0.02)
-        assert package.bytes_accessed() == pytest.approx(by_hand.bytes_accessed(), rel=0.02)
-    assert flops[0] > flops[1]
-
-
-def test_step_by_hand_trains_as_the_package_does():
-    subject = make_subject("mlp", batch_size=4, channels=(), widths=(8,), transformer_width=4)
-    package, by_hand = step_of_package(subject, 1), step_by_hand(subject, 1)
-    for _ in range(3):
-        package, by_hand = package.run(), by_hand.run()
-    params, trained = package.arguments[0], by_hand.arguments[0]
-    chex.assert_trees_all_close({name: params[name] for name in trained}, trained, rtol=1e-5)
-
-
-def test_depth_cost_leaves_every_gap_and_a_plot(tmp_path):
-    arguments = ["--models", "mlp", "--widths", "8", "--batch-size", "2", "--repetitions", "2"]
-    depth_cost.main([*arguments, "--output-dir", str(tmp_path)])
-    text = (tmp_path / "depth_cost.json").read_text()
-    costs = json.loads(text)["costs"]
-    assert [cost["depth"] for cost in costs] == [0, 1]
-    for cost in costs:
-        assert cost["flops_gap"] == pytest.approx(cost["flops"] / cost["flops_by_hand"] - 1)
-        for name in ("flops_gap", "memory_gap", "traffic_gap"):
-            assert abs(cost[name]) <= depth_cost.ALLOWED_GAP
-        assert cost["seconds"] > 0
-    assert str(tmp_path) not in text
-    assert (tmp_path / "depth_cost.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--models"], "--models needs at least one value"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--repetitions", "-1"], "--repetitions must not be negative"),
-        (["--transformer-width", "30"], "--transformer-width must be a multiple of 4"),
-    ],
-)
-def test_depth_cost_refuses_bad_arguments(arguments, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        depth_cost.main([*arguments, "--output-dir", str(tmp_path)])
