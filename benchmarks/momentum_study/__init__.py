@@ -1,0 +1,1 @@
+"""What benchmarks/momentum.py is made of."""
