@@ -1365,6 +1365,16 @@ MOMENTUM_ERRORS = [
         "dm.keep_prev_params()",
     ),
     error(
+        "previous_parameters_under_accumulation",
+        lambda: dm.prev_params(
+            (optax.MultiSteps(dm.muon(0.1, momentum=dm.mvr_momentum()), 2).init(PARAMS),), PARAMS
+        ),
+        ValueError,
+        "optax.MultiSteps averages the gradients of its micro-batches, and not prev_params_grads",
+        "inside the loss",
+        "inner_opt_state",
+    ),
+    error(
         "a_pair_without_a_mask",
         lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, PARAMS),
         TypeError,

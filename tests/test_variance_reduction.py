@@ -342,10 +342,9 @@ def test_previous_parameters_are_those_of_a_leafs_own_last_step():
         params = optax.apply_updates(params, updates)
 
 
-@pytest.mark.parametrize("wrap", ["multisteps", "apply_if_finite", "inject_hyperparams"])
+@pytest.mark.parametrize("wrap", ["apply_if_finite", "inject_hyperparams"])
 def test_previous_parameters_are_found_inside_wrappers(wrap):
     wrapped = {
-        "multisteps": lambda: optax.MultiSteps(dm.mvr_momentum(), 2),
         "apply_if_finite": lambda: optax.apply_if_finite(dm.mvr_momentum(), 3),
         "inject_hyperparams": lambda: optax.inject_hyperparams(
             dm.mvr_momentum, static_args="variant"

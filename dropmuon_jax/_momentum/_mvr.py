@@ -120,8 +120,11 @@ def mvr_momentum(
         active). Updates have the gradient's shape and dtype, and its sign. An inactive leaf has
         update zero and keeps every bit of its state, a :class:`MVRMomentumState`. It looks at the
         mask itself: inside :func:`per_layer` it would not know how long a layer slept.
-        `optax.MultiSteps` averages gradients, but not `prev_params_grads`: average over
-        micro-batches inside the loss, or both gradients yourself.
+
+        What changes gradients before it must change both alike, by one factor: clip them together,
+        `optax.clip_by_global_norm(1.0).update((grads, prev_params_grads), …)`, outside of the
+        chain. `optax.MultiSteps` averages only the first: average over micro-batches inside the
+        loss. Gradients in bfloat16 are rounded by 0.4 %, which may be more than they differ.
 
     Raises:
         TypeError: If `variant` is no Python integer or `dtype` not of floating-point numbers; in

@@ -79,7 +79,8 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         A tree like `params`; before the first step the parameters that `init` saw.
 
     Raises:
-        ValueError: If the state keeps no parameters, or not those of every leaf, naming one.
+        ValueError: If the state keeps no parameters, or not those of every leaf, naming one; for
+            the state of `optax.MultiSteps`, which would lose gradients.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -90,6 +91,14 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         >>> print(params["w"], dm.prev_params(state, params)["w"])
         [0.] [2.]
     """
+    for node in jax.tree.leaves(opt_state, is_leaf=_accumulates):
+        if _accumulates(node) and keeps_prev_params(node.inner_opt_state):
+            raise ValueError(
+                "optax.MultiSteps averages the gradients of its micro-batches, and not "
+                "prev_params_grads, of which the optimizer would see the last alone. Average over "
+                "micro-batches inside the loss; or average prev_params_grads yourself, pass the "
+                "mean with the last micro-batch, and read prev_params(state.inner_opt_state, …)."
+            )
     found: dict[str, Array] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=_keeps_params):
         if _keeps_params(node):
@@ -149,3 +158,7 @@ def remember(
 
 def _keeps_params(node: Any) -> bool:
     return isinstance(node, PrevParamsState)
+
+
+def _accumulates(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)

@@ -90,10 +90,9 @@ def track_smoothness(
     the sample, divided by the length of the step: the shorter the steps, the more of L̂ is noise.
     In `benchmarks/smoothness.py`, with radii that fall from 0.1 to 0, L̂ was 2 times that of the
     same batches in the first half of the run, and 4 times in the second.
-    Without the noise, give both gradients of the same batch: pass to `update`
-    `prev_params_grads=jax.grad(loss_fn)(previous_params, batch)`, at the parameters of the step
-    before, which then takes the place of the remembered gradient. (With every = 1 and no dropped
-    layers those parameters are `remembered.params` of the state.)
+    Without the noise, take both gradients of the same batch, with :func:`keep_prev_params` in the
+    chain and :func:`masked_value_and_grad_pair`, and pass the second one to `update` as
+    `prev_params_grads`: it then takes the place of the remembered gradient.
 
     Args:
         norm: The norm of every leaf, as in :func:`norm_lmo`.
