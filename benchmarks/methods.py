@@ -26,6 +26,8 @@ class Method(NamedTuple):
     """How long it runs."""
     init: Callable[[jax.Array, Any], Any] | None = None
     """Where it starts, from a key and everyone's initial parameters; None if with those."""
+    two_gradients: bool = False
+    """Whether a step takes the gradient at the previous parameters too."""
 
     @property
     def num_depths(self) -> int:
@@ -55,16 +57,18 @@ def make_method(
 
     first_rate = learning_rate(settings, name)
     rate, bias_rate = falling(first_rate), falling(settings.bias_learning_rate)
-    momentum = dm.momentum(settings.decay)
+    two_gradients = name in ("muon_with_mvr", "drop_muon_with_mvr")
+    make_momentum = dm.mvr_momentum if two_gradients else dm.momentum
+    momentum = make_momentum(settings.decay)
     init = None
     match name:
-        case "muon" | "muon_short":
+        case "muon" | "muon_short" | "muon_with_mvr":
             tx = dm.muon(rate, momentum=momentum, auxiliary_learning_rate=bias_rate)
-        case "drop_muon_uniform" | "drop_muon_epoch_shift":
-            if name == "drop_muon_uniform":
-                distribution = dm.uniform_depth()
-            else:
+        case "drop_muon_uniform" | "drop_muon_epoch_shift" | "drop_muon_with_mvr":
+            if name == "drop_muon_epoch_shift":
                 distribution = dm.epoch_shift_depth(num_steps, alpha=settings.alpha)
+            else:
+                distribution = dm.uniform_depth()
             tx = dm.drop_muon(
                 rate,
                 layers,
@@ -110,7 +114,8 @@ def make_method(
                 seed=seed,
                 roles=roles,
             )
-    return Method(tx, layers if name.startswith("drop_") else None, num_steps, init)
+    dropped = layers if name.startswith("drop_") else None
+    return Method(tx, dropped, num_steps, init, two_gradients)
 
 
 def _dimension_numbers(params: optax.Params) -> Any:
@@ -145,13 +150,18 @@ def make_step(model: nn.Module, method: Method, depth: int) -> Callable[..., Any
     def step(params, opt_state, images, labels, batches, index):
         rows = batches[index]
         batch = images[rows], labels[rows]
-        if method.layers is None:
+        mask = None if method.layers is None else method.layers.mask(depth)
+        extra_args = {} if mask is None else {"layer_mask": mask}
+        if method.two_gradients:
+            prev_params = dm.prev_params(opt_state, params)
+            _, (grads, extra_args["prev_params_grads"]) = dm.masked_value_and_grad_pair(loss_fn)(
+                params, prev_params, batch, layer_mask=mask
+            )
+        elif mask is None:
             grads = jax.grad(loss_fn)(params, batch)
-            updates, opt_state = method.tx.update(grads, opt_state, params)
         else:
-            mask = method.layers.mask(depth)
             _, grads = dm.masked_value_and_grad(loss_fn)(params, batch, layer_mask=mask)
-            updates, opt_state = method.tx.update(grads, opt_state, params, layer_mask=mask)
+        updates, opt_state = method.tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state
 
     return step

@@ -27,6 +27,8 @@ STYLES: dict[MethodName, tuple[str, str]] = {
     "gluon": ("#56B4E9", "-^"),
     "drop_scion": ("#882255", "-o"),
     "drop_gluon": ("#332288", "-^"),
+    "muon_with_mvr": ("#44AA99", "-v"),
+    "drop_muon_with_mvr": ("#AA4499", "-v"),
 }
 assert set(STYLES) == set(METHODS)
 DEPTH_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#C8B020", "#B5367A", "#F98E09")

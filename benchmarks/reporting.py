@@ -25,6 +25,8 @@ TITLES = {
     "gluon": "Gluon",
     "drop_scion": "Drop-Scion, uniform",
     "drop_gluon": "Drop-Gluon, uniform",
+    "muon_with_mvr": "Muon, MVR-1",
+    "drop_muon_with_mvr": "Drop-Muon, MVR-1",
 }
 assert set(TITLES) == set(METHODS)
 

@@ -18,6 +18,8 @@ MethodName = Literal[
     "gluon",
     "drop_scion",
     "drop_gluon",
+    "muon_with_mvr",
+    "drop_muon_with_mvr",
 ]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 DEFAULT_METHODS = METHODS[:6]  # those of make demo; the others take part when they are named
@@ -35,6 +37,8 @@ LEARNING_RATES: dict[MethodName, tuple[str, ...]] = {
     "gluon": ("gluon_learning_rate",),
     "drop_scion": ("drop_scion_learning_rate", "scion_learning_rate"),
     "drop_gluon": ("drop_gluon_learning_rate", "gluon_learning_rate"),
+    "muon_with_mvr": ("mvr_learning_rate", "learning_rate"),
+    "drop_muon_with_mvr": ("drop_mvr_learning_rate", "drop_muon_learning_rate", "learning_rate"),
 }
 assert tuple(LEARNING_RATES) == METHODS
 
@@ -95,6 +99,10 @@ class Settings:
     dm.gluon_decay, and does not fall to 0."""
     drop_gluon_learning_rate: float | None = None
     """Of Drop-Gluon; by default Gluon's."""
+    mvr_learning_rate: float | None = None
+    """Of Muon with variance-reduced momentum, MVR-1: two gradients a step; by default Muon's."""
+    drop_mvr_learning_rate: float | None = None
+    """Of Drop-Muon with the same, uniform depths; by default Drop-Muon's."""
     decay: float = 0.9
     """Weight of the past in the momentum of every Muon and Scion."""
     short_run: float = 0.6

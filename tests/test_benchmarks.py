@@ -13,6 +13,7 @@ import pytest
 import dropmuon_jax as dm
 import race
 from images import load_images
+from methods import make_step
 from models import CNN
 from plots import STYLES
 from racing import Race, Run
@@ -100,7 +101,8 @@ def test_race_leaves_plots_and_no_path(results):
 def scion_and_gluon(tmp_path_factory) -> dict:
     """The record of a tiny race without Muon."""
     folder = tmp_path_factory.mktemp("scion_and_gluon")
-    tiny = [*TINY, "--methods", "scion", "gluon", "drop_scion", "--seeds", "0"]
+    tiny = [*TINY, "--seeds", "0"]
+    tiny += ["--methods", "scion", "gluon", "drop_scion", "drop_muon_with_mvr"]
     race.main([*tiny, "--output-dir", str(folder)])
     assert sorted(path.stem for path in folder.glob("*.png")) == PLOTS
     return json.loads((folder / "race.json").read_text())
@@ -109,17 +111,19 @@ def scion_and_gluon(tmp_path_factory) -> dict:
 def test_scion_and_gluon_race_whole_and_with_dropped_layers(scion_and_gluon):
     depths = {curve["method"]: curve["depths"] for curve in scion_and_gluon["curves"]}
     assert depths["scion"] == depths["gluon"] == [0] * 6
+    assert depths["drop_scion"] == depths["drop_muon_with_mvr"]
     assert set(depths["drop_scion"]) == {0, 1}
-    assert list(scion_and_gluon["probability_of_depth_by_epoch"]) == ["drop_scion"]
+    drawing = ["drop_scion", "drop_muon_with_mvr"]
+    assert list(scion_and_gluon["probability_of_depth_by_epoch"]) == drawing
     for curve in scion_and_gluon["curves"]:
         assert curve["train_loss"][-1] != curve["train_loss"][0]
 
 
 def test_methods_that_draw_uniform_depths_draw_the_same(tiny_race):
-    names = ("drop_muon_uniform", "drop_scion", "drop_gluon")
+    names = ("drop_muon_uniform", "drop_scion", "drop_gluon", "drop_muon_with_mvr")
     methods = [tiny_race.method(name, 3) for name in names]
     drawn = [[method.depth(step) for step in range(20)] for method in methods]
-    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn == [drawn[0]] * len(names)
     assert set(drawn[0]) == {0, 1, 2}
 
 
@@ -132,6 +136,19 @@ def test_make_demo_races_the_six_methods_it_always_did():
 
 def test_methods_can_be_told_apart_in_the_plots():
     assert len({colour for colour, _ in STYLES.values()}) == len(METHODS)
+
+
+def test_a_method_with_mvr_keeps_the_parameters_before_its_last_step(tiny_race):
+    method = tiny_race.method("muon_with_mvr", 0)
+    step = jax.jit(make_step(tiny_race.model, method, 0))
+    params = tiny_race.init_params(0)
+    opt_state = method.tx.init(params)
+    batches, data = tiny_race.batches(0), tiny_race.data
+    for index in range(2):
+        kept = params
+        arguments = (data.train_images, data.train_labels, batches, index)
+        params, opt_state = step(params, opt_state, *arguments)
+        chex.assert_trees_all_equal(dm.prev_params(opt_state, params), kept)
 
 
 def test_every_method_gets_the_same_parameters_and_batches(tiny_race):
@@ -163,6 +180,8 @@ def test_the_learning_rate_of_the_settings_reaches_each_method(tiny_race):
             settings = Settings(Path(), **{LEARNING_RATES[name][0]: rate})
             method = tiny_race.with_settings(settings).method(name, 0)
             extra = {} if method.layers is None else {"layer_mask": method.layers.mask(0)}
+            if method.two_gradients:
+                extra["prev_params_grads"] = grads
             update, _ = method.tx.update(grads, method.tx.init(params), params, **extra)
             updates[name] = update["Dense_0"]["kernel"]
         return updates
