@@ -66,10 +66,15 @@ from dropmuon_jax._optimizers import (
     muon_mvr,
     scion,
     scion_init,
-    star_convex_rate,
 )
 from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
-from dropmuon_jax._radii import AdaptiveRadius, adaptive_radius, gluon_radius, mvr_radius
+from dropmuon_jax._radii import (
+    AdaptiveRadius,
+    adaptive_radius,
+    gluon_radius,
+    mvr_radius,
+    star_convex_rate,
+)
 from dropmuon_jax._sampling import (
     LayerDistribution,
     LayerMaskSampler,

@@ -12,6 +12,8 @@ from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._sampling import LayerMaskSampler
 
+_MISSING = object()
+
 
 def masked_value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool = False
@@ -31,8 +33,9 @@ def masked_value_and_grad(
     Returns:
         A function of `(params, *args, layer_mask, **kwargs)` that returns `(value, grads)`, or
         `((value, aux), grads)` with `has_aux`. `grads` has the structure, shapes and dtypes of
-        `params`; it is zero at inactive leaves. It raises TypeError if `layer_mask` is missing,
-        traced or no tree of Python booleans, and ValueError if it does not fit `params`.
+        `params`; it is zero at inactive leaves. `layer_mask` is required; None makes all layers
+        active. It raises TypeError if the mask is missing, traced or no tree of Python booleans,
+        and ValueError if it does not fit `params`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -44,13 +47,8 @@ def masked_value_and_grad(
         30.0 0.0 6.0
     """
 
-    def value_and_grad(params: Any, *args: Any, layer_mask: Any = None, **kwargs: Any):
-        if layer_mask is None:
-            raise TypeError(
-                "The keyword argument 'layer_mask' is missing. Pass layer_mask=layers.mask(depth), "
-                "or layers.mask(0) for all layers."
-            )
-        layer_mask = resolve_mask(layer_mask, params, {})
+    def value_and_grad(params: Any, *args: Any, layer_mask: Any = _MISSING, **kwargs: Any):
+        layer_mask = _required_mask(layer_mask, params)
         leaves, treedef = jax.tree.flatten(params)
         active = treedef.flatten_up_to(layer_mask)
 
@@ -77,25 +75,26 @@ def masked_value_and_grad_pair(
     """The gradients of one batch at two points, of which variance reduction takes the difference.
 
     :func:`masked_value_and_grad` at the parameters, and at the previous parameters of the active
-    layers, with the same other arguments: the same batch, dropout and augmentation. Inactive layers
-    are at both points what they are now. Both backward passes stop below the shallowest active
-    leaf, and the forward pass below it is the same in both, so that the compiled program has it
-    once: a step costs at most twice the truncated one.
+    layers, with the same other arguments: the same batch and, in a pure function whose keys are
+    among its arguments, the same dropout and augmentation. Inactive layers are at both points what
+    they are now. Both backward passes stop below the shallowest active leaf, and the forward pass
+    below it is the same in both, so that the compiled program has it once: the two cost at most
+    twice one.
 
     Args:
         loss_fn: As in :func:`masked_value_and_grad`.
         has_aux: Likewise.
         stacked: Whether to evaluate both points in one pass, by `jax.vmap` over the two, in place
-            of one after the other. Same gradients; the parameters are copied into a stack, and the
-            residuals of both passes are held at once. `benchmarks/two_gradients.py` measures both.
+            of one after the other. Same gradients; the active parameters are copied into a stack,
+            and auxiliary data must be arrays. On a CPU it is slower (`benchmarks/two_gradients.py`
+            measures both); on other devices it has not been measured.
 
     Returns:
         A function of `(params, prev_params, *args, layer_mask, **kwargs)` that returns
         `(value, (grads, prev_params_grads))`, or `((value, aux), (grads, prev_params_grads))` with
         `has_aux`: value and aux at `params`. `prev_params` are those of :func:`prev_params`.
-        `layer_mask` is required; None makes all layers active. It raises TypeError for a mask that
-        is traced or no tree of Python booleans, and ValueError if mask or `prev_params` do not fit
-        `params`.
+        `layer_mask` as in :func:`masked_value_and_grad`; ValueError also if `prev_params` do not
+        fit `params`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -112,16 +111,19 @@ def masked_value_and_grad_pair(
     single = masked_value_and_grad(loss_fn, has_aux=has_aux)
 
     def value_and_grad_pair(
-        params: Any, prev_params: Any, *args: Any, layer_mask: Any, **kwargs: Any
+        params: Any, prev_params: Any, *args: Any, layer_mask: Any = _MISSING, **kwargs: Any
     ):
-        layer_mask = resolve_mask(layer_mask, params, {})
+        layer_mask = _required_mask(layer_mask, params)
         prev_params = restructure_like(
             "prev_params", prev_params, params, reference_name="parameters"
         )
         previous = jax.tree.map(
-            lambda active, old, now: old if active else now, layer_mask, prev_params, params
+            lambda active, old, now: old.astype(now.dtype) if active else now,
+            layer_mask,
+            prev_params,
+            params,
         )
-        if not stacked:
+        if not stacked or not any(jax.tree.leaves(layer_mask)):
             value, grads = single(params, *args, layer_mask=layer_mask, **kwargs)
             _, prev_grads = single(previous, *args, layer_mask=layer_mask, **kwargs)
             return value, (grads, prev_grads)
@@ -143,6 +145,16 @@ def masked_value_and_grad_pair(
         return value, (now, old)
 
     return value_and_grad_pair
+
+
+def _required_mask(layer_mask: Any, params: Any) -> Any:
+    """The checked mask of the parameters; all leaves for None, and an error for none at all."""
+    if layer_mask is _MISSING:
+        raise TypeError(
+            "The keyword argument 'layer_mask' is missing. Pass layer_mask=layers.mask(depth), or "
+            "layer_mask=None for all layers."
+        )
+    return resolve_mask(layer_mask, params, {})
 
 
 def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:

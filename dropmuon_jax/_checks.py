@@ -33,6 +33,11 @@ def _checkable(name: str, value: Any) -> bool:
     raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Error unless a value is a number or a scalar array."""
+    _checkable(name, value)
+
+
 def check_positive(name: str, value: Any) -> None:
     """Error unless a Python number is finite and greater than zero."""
     if _checkable(name, value) and not (value > 0 and math.isfinite(value)):
@@ -56,6 +61,11 @@ def check_decay(name: str, value: Any) -> None:
 
 def check_floating(name: str, dtype: Any) -> None:
     """Error unless a dtype is one of real floating-point numbers."""
+    if isinstance(dtype, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a dtype, got an array. It is static: under optax.inject_hyperparams, "
+            "which takes dtypes for schedules, name it in static_args."
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be of a floating-point dtype, got {jnp.dtype(dtype).name}.")
 

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dropmuon_jax._checks import check_extra_args
-from dropmuon_jax._layers import leaf_keys, leaf_paths
+from dropmuon_jax._layers import CUT_TO_THE_SUBTREE, leaf_keys, leaf_paths, masked_paths
 
 
 def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> Any:
@@ -56,22 +55,14 @@ def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> A
         + [f"'{path}' is only in the mask" for path in extra[:3]]
     )
     way_out = (
-        "Inside optax.partition and optax.masked it must be cut to their part of the tree: use "
-        "dm.chain_subtrees, or give them mask_compatible_extra_args=True."
-        if _has_masked_nodes(tree)
+        CUT_TO_THE_SUBTREE
+        if masked_paths(tree)
         else "Make it with layers.mask(depth) or layers.subset(active), of layers made from the "
         "same tree that you differentiate."
     )
     raise ValueError(
         f"layer_mask has another structure than the updates or parameters: {difference}. {way_out}"
     )
-
-
-def _has_masked_nodes(tree: Any) -> bool:
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def map_active(function: Callable[..., Any], layer_mask: Any, updates: Any, *rest: Any) -> Any:

@@ -119,6 +119,29 @@ def mvr_radius(radius: float | Array) -> optax.Schedule:
     return _falling_radius(radius, 2 / 3)
 
 
+def star_convex_rate() -> optax.Schedule:
+    """γ of a constrained step for star-convex problems: 2 / (k + 2) in step k.
+
+    Returns:
+        A schedule for the learning rate of :func:`muon_mvr`.
+
+    Examples:
+        >>> import dropmuon_jax as dm
+        >>> rate = dm.star_convex_rate()
+        >>> print(rate(0), rate(6))
+        1.0 0.25
+
+    References:
+        The usual step of Frank and Wolfe's method; the constants of Qian et al., 2025,
+        arXiv:2512.16598, are not seen written out.
+    """
+
+    def schedule(count: Any) -> Array:
+        return 2 / (jnp.asarray(count, jnp.result_type(float)) + 2)
+
+    return schedule
+
+
 def _falling_radius(radius: float | Array, power: float) -> optax.Schedule:
     check_positive("radius", radius)
 

@@ -73,10 +73,7 @@ def chain_subtrees(
         # Optax cuts an extra argument to a subtree if its structure is that of the updates.
         if layer_mask is not None:
             extra_args["layer_mask"] = resolved
-        if extra_args.get("prev_params_grads") is not None:
-            extra_args["prev_params_grads"] = restructure_like(
-                "prev_params_grads", extra_args["prev_params_grads"], updates
-            )
+        extra_args = _with_second_gradient(extra_args, updates)
         return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -134,12 +131,17 @@ def per_layer(
 
     def init_fn(params: optax.Params) -> PerLayerState:
         depths = layers.depths_of(params)
-        return PerLayerState(
-            tuple(inner.init(cut(params, depths, layer)) for layer in range(layers.num_layers))
-        )
+        states = [inner.init(cut(params, depths, layer)) for layer in range(layers.num_layers)]
+        if optax.tree.get_all_with_path(states, "MVRMomentumState"):
+            raise ValueError(
+                "mvr_momentum looks at the layer mask itself, and inside per_layer it cannot know "
+                "how long a layer slept: leave per_layer out."
+            )
+        return PerLayerState(tuple(states))
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        extra_args = _with_second_gradient(extra_args, updates)
         depths = layers.depths_of(updates)
         active = _active_layers(layer_mask, depths)
         structure = jax.tree.structure(updates)
@@ -170,6 +172,14 @@ def per_layer(
         return jax.tree.unflatten(structure, leaves), PerLayerState(tuple(inner_states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_second_gradient(extra_args: dict[str, Any], updates: Any) -> dict[str, Any]:
+    """The extra arguments, `prev_params_grads` among them in the containers of the updates."""
+    grads = extra_args.get("prev_params_grads")
+    if grads is None:
+        return extra_args
+    return extra_args | {"prev_params_grads": restructure_like("prev_params_grads", grads, updates)}
 
 
 def _active_layers(layer_mask: Any, depths: Any) -> set[int]:

@@ -207,13 +207,6 @@ MASK_ERRORS = [
         "layer_mask",
     ),
     error(
-        "mask_none_in_masked_value_and_grad",
-        lambda: gradients(layer_mask=None),
-        TypeError,
-        "keyword argument 'layer_mask' is missing",
-        "layers.mask(0) for all layers",
-    ),
-    error(
         "mask_missing_in_the_sampler",
         lambda: updated(SAMPLER),
         TypeError,
@@ -1239,7 +1232,7 @@ MOMENTUM_ERRORS = [
             "prev_params_grads",
             "dm.mars_momentum",
         )
-        for name in ("prev_grads", "last_grad", "previous_grads", "old_grads", "prev_grad")
+        for name in ("prev_grads", "last_gradient", "grads_prev", "old_step_grads", "g_prev")
     ),
     error(
         "second_gradient_misspelt",
@@ -1307,8 +1300,8 @@ MOMENTUM_ERRORS = [
             f"q_of_{q}",
             lambda q=q: dm.mvr_momentum(variant=2, q=q),
             ValueError,
-            "q",
-            f"got {q}",
+            "q is the weight of the new gradient",
+            f"in (0, 1], got {q}",
         )
         for q in (0.0, 1.5, -0.5)
     ),
@@ -1317,6 +1310,91 @@ MOMENTUM_ERRORS = [
         lambda: dm.mvr_momentum(variant=2, q=dm.mvr_q),
         TypeError,
         "q is dm.mvr_q itself: call it",
+    ),
+    error(
+        "q_is_another_schedule_not_called",
+        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_decay),
+        TypeError,
+        "q is dm.mvr_decay itself: call it",
+    ),
+    error(
+        "rate_schedule_not_called",
+        lambda: dm.muon_mvr(dm.star_convex_rate, 3.0),
+        TypeError,
+        "learning_rate is dm.star_convex_rate itself: call it",
+    ),
+    error(
+        "first_rate_above_the_weight_of_the_new_gradient",
+        lambda: dm.muon_mvr(dm.star_convex_rate(), 3.0, decay=np.float32(0.5)),
+        ValueError,
+        "1 - decay ≥ learning_rate, and 1 - 0.5 < 1.0",
+    ),
+    error(
+        "second_gradient_in_masked",
+        lambda: updated(optax.masked(dm.mvr_momentum(), LAYERS.mask(1)), prev_params_grads=PARAMS),
+        ValueError,
+        "prev_params_grads must have the leaves of the gradients",
+        "mask_compatible_extra_args=True",
+    ),
+    error(
+        "second_gradient_in_other_containers",
+        lambda: dm.mvr_momentum().update(
+            [jnp.ones(2)],
+            dm.mvr_momentum().init([jnp.ones(2)]),
+            [jnp.ones(2)],
+            prev_params_grads={"0": jnp.ones(2)},
+        ),
+        ValueError,
+        "their containers differ: a list or attribute against a dict",
+    ),
+    error(
+        "second_gradient_of_another_structure_in_per_layer",
+        lambda: updated(dm.per_layer(optax.sgd(1.0), LAYERS), prev_params_grads=KERNELS),
+        ValueError,
+        "prev_params_grads must have the leaves of the gradients, and 'head/bias' is missing",
+    ),
+    error(
+        "mvr_in_per_layer",
+        lambda: dm.per_layer(dm.mvr_momentum(), LAYERS).init(PARAMS),
+        ValueError,
+        "mvr_momentum looks at the layer mask itself",
+        "leave per_layer out",
+    ),
+    error(
+        "injected_dtype",
+        lambda: optax.inject_hyperparams(dm.mvr_momentum, static_args="variant")(
+            prev_params_dtype=jnp.bfloat16
+        ).init(PARAMS),
+        TypeError,
+        "prev_params_dtype must be a dtype, got an array",
+        "static_args",
+    ),
+    error(
+        "params_of_another_shape_than_the_state",
+        lambda: dm.mvr_momentum().update(
+            PARAMS,
+            dm.mvr_momentum().init(PARAMS),
+            jax.tree.map(lambda leaf: leaf[None], PARAMS),
+            prev_params_grads=PARAMS,
+        ),
+        ValueError,
+        "params has shape (1, 2) at 'head/bias', where the state have (2,)",
+    ),
+    error(
+        "previous_parameters_of_another_shape",
+        lambda: dm.prev_params(
+            dm.mvr_momentum().init(PARAMS), jax.tree.map(lambda leaf: leaf[None], PARAMS)
+        ),
+        ValueError,
+        "opt_state's params has shape (2,) at 'head/bias', where the parameters have (1, 2)",
+    ),
+    error(
+        "previous_parameters_kept_twice",
+        lambda: dm.prev_params(
+            optax.chain(dm.keep_prev_params(), dm.mvr_momentum()).init(PARAMS), PARAMS
+        ),
+        ValueError,
+        "opt_state keeps the previous parameters of 'head/bias' twice",
     ),
     error(
         "decay_schedule_not_called",
@@ -1378,7 +1456,8 @@ MOMENTUM_ERRORS = [
         "a_pair_without_a_mask",
         lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, PARAMS),
         TypeError,
-        "layer_mask",
+        "The keyword argument 'layer_mask' is missing",
+        "layer_mask=None for all layers",
     ),
     error(
         "a_pair_with_a_mask_of_another_structure",
@@ -1421,7 +1500,13 @@ MOMENTUM_ERRORS = [
         "gluon_mvr_with_a_mask",
         lambda: updated(dm.gluon_mvr(0.1), KERNELS, layer_mask=LAYERS.mask(0)),
         TypeError,
-        "takes no layer_mask",
+        "gluon_mvr updates every layer and takes no layer_mask; use drop_gluon(…, momentum=",
+    ),
+    error(
+        "muon_mvr_with_a_mask",
+        lambda: updated(dm.muon_mvr(0.1, 3.0), KERNELS, layer_mask=LAYERS.mask(0)),
+        TypeError,
+        "muon_mvr updates every layer and takes no layer_mask; use drop_scion(…, momentum=",
     ),
 ]
 

@@ -15,6 +15,9 @@ from rates_study.problems import BALL, Problem
 from rates_study.settings import Settings
 
 
+STAR_CONVEX_RATE = dm.star_convex_rate()
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """An optimizer by its first radius, and the exponent of K in its upper bound."""
@@ -33,13 +36,8 @@ def _star_convex(momentum: Any) -> optax.GradientTransformation:
         momentum,
         dm.svd_lmo(BALL),
         optax.add_decayed_weights(1.0),
-        optax.scale_by_learning_rate(frank_wolfe_step),
+        optax.scale_by_learning_rate(STAR_CONVEX_RATE),
     )
-
-
-def frank_wolfe_step(count: Any) -> Array:
-    """β_k = 2 / (k + 2)."""
-    return 2 / (jnp.asarray(count, jnp.float32) + 2)
 
 
 NONCONVEX: dict[str, Method] = {
@@ -73,13 +71,13 @@ NONCONVEX: dict[str, Method] = {
 STAR_CONVEX: dict[str, Method] = {
     "EMA": Method(
         lambda *_: _star_convex(
-            dm.momentum(lambda count: 1 - frank_wolfe_step(count) ** (2 / 3)),
+            dm.momentum(lambda count: 1 - STAR_CONVEX_RATE(count) ** (2 / 3)),
         ),
         bound=-1 / 3,
         two_gradients=False,
     ),
     "MVR-1": Method(
-        lambda *_: _star_convex(dm.mvr_momentum(lambda count: 1 - frank_wolfe_step(count))),
+        lambda *_: _star_convex(dm.mvr_momentum(lambda count: 1 - STAR_CONVEX_RATE(count))),
         bound=-1 / 2,
         two_gradients=True,
     ),

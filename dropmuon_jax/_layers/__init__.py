@@ -3,10 +3,17 @@
 from dropmuon_jax._layers._by_path import layers_by_path
 from dropmuon_jax._layers._by_trace import trace_layers
 from dropmuon_jax._layers._layers import Layers, check_layers
-from dropmuon_jax._layers._paths import leaf_keys, leaf_paths, masked_paths, restructure_like
+from dropmuon_jax._layers._paths import (
+    CUT_TO_THE_SUBTREE,
+    leaf_keys,
+    leaf_paths,
+    masked_paths,
+    restructure_like,
+)
 from dropmuon_jax._layers._patterns import match_leaves
 
 __all__ = [
+    "CUT_TO_THE_SUBTREE",
     "Layers",
     "check_layers",
     "layers_by_path",

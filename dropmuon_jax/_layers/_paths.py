@@ -8,6 +8,11 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath
 
 _NNX_VALUE = GetAttrKey("value")
+# What to do about an extra argument that a wrapper of Optax does not cut to its part of the tree.
+CUT_TO_THE_SUBTREE = (
+    "Inside optax.partition and optax.masked it must be cut to their part of the tree: use "
+    "dm.chain_subtrees, or give them mask_compatible_extra_args=True."
+)
 
 
 def leaf_keys(tree: Any) -> list[str]:
@@ -61,9 +66,12 @@ def restructure_like(
         missing, extra = sorted(expected_paths - paths), sorted(paths - expected_paths)
         differences = [f"'{path}' is missing" for path in missing[:3]]
         differences += [f"'{path}' is not among them" for path in extra[:3]]
+        if not differences:
+            differences = ["their containers differ: a list or attribute against a dict"]
+        way_out = f" {CUT_TO_THE_SUBTREE}" if masked_paths(reference) else ""
         raise ValueError(
             f"{name} must have the leaves of the {reference_name}, and "
-            f"{'; '.join(differences) or 'they are in another order'}."
+            f"{'; '.join(differences)}.{way_out}"
         )
     for path, leaf, other in zip(leaf_paths(reference), given, expected, strict=True):
         if jnp.shape(leaf) != jnp.shape(other):

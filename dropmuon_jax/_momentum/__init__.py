@@ -9,13 +9,14 @@ from dropmuon_jax._momentum._prev_params import (
     keeps_prev_params,
     prev_params,
 )
-from dropmuon_jax._momentum._schedules import gluon_decay, mvr_decay, mvr_q
+from dropmuon_jax._momentum._schedules import check_decay_or_schedule, gluon_decay, mvr_decay, mvr_q
 
 __all__ = [
     "MVRMomentumState",
     "MarsMomentumState",
     "MomentumState",
     "PrevParamsState",
+    "check_decay_or_schedule",
     "gluon_decay",
     "keep_prev_params",
     "keeps_prev_params",

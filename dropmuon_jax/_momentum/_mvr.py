@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 from dropmuon_jax._checks import (
     check_choice,
     check_floating,
-    check_nonnegative,
+    check_number,
     is_python_number,
     static_int,
 )
 from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._momentum._prev_params import PrevParamsState, init_prev_params, remember
-from dropmuon_jax._momentum._schedules import check_decay_or_schedule, mvr_q
+from dropmuon_jax._momentum._schedules import check_called, check_decay_or_schedule
 
 Start = Literal["gradient", "zero"]
 OnWaking = Literal["correct", "restart", "decay"]
@@ -28,7 +28,6 @@ Scalar = Float[Array, ""]
 
 # The paper's experiments (arXiv:2512.16598).
 _DEFAULT_Q = 0.5
-_LAST_STEPS_GRADIENT = ("prev_grads", "previous_grads", "last_grads", "old_grads")
 
 
 class MVRMomentumState(NamedTuple):
@@ -265,7 +264,9 @@ def _missing_gradients(extra_args: Mapping[str, Any]) -> str:
         "dm.prev_params(opt_state, params), batch, layer_mask=…)."
     )
     for name in extra_args:
-        if difflib.get_close_matches(name.lower(), _LAST_STEPS_GRADIENT, n=1, cutoff=0.85):
+        words = set(name.lower().split("_"))
+        is_gradient = words & {"g", "grad", "grads", "gradient", "gradients"}
+        if is_gradient and words & {"prev", "previous", "last", "old"} and "param" not in name:
             return (
                 f"update() got {name!r}, which sounds like the gradient of the last step, on "
                 f"another batch. With it MVR is the raw gradient. {message} With one gradient a "
@@ -292,11 +293,10 @@ def _check_q(q: Any, variant: int) -> None:
         return
     if variant == 1:
         raise ValueError("variant 1 has no q: leave it out, or take variant=2 or 3.")
-    if q is mvr_q:
-        raise TypeError("q is dm.mvr_q itself: call it.")
+    check_called("q", q)
     if callable(q):
         return
-    check_nonnegative("q", q)
+    check_number("q", q)
     if is_python_number(q) and not 0 < q <= 1:
         raise ValueError(
             f"q is the weight of the new gradient in the estimator and must lie in (0, 1], got {q}."

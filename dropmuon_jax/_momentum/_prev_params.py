@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from dropmuon_jax._checks import check_floating
-from dropmuon_jax._layers import leaf_keys, leaf_paths
+from dropmuon_jax._layers import leaf_keys, leaf_paths, restructure_like
 from dropmuon_jax._masks import map_active, resolve_mask
 
 
@@ -101,8 +101,17 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             )
     found: dict[str, Array] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=_keeps_params):
-        if _keeps_params(node):
-            found |= zip(leaf_keys(node.params), jax.tree.leaves(node.params), strict=True)
+        if not _keeps_params(node):
+            continue
+        kept = jax.tree.leaves(node.params)
+        paths = leaf_paths(node.params)
+        for key, path, leaf in zip(leaf_keys(node.params), paths, kept, strict=True):
+            if key in found:
+                raise ValueError(
+                    f"opt_state keeps the previous parameters of '{path}' twice. Give the state of "
+                    "one optimizer; mvr_momentum needs no dm.keep_prev_params() beside it."
+                )
+            found[key] = leaf
     leaves, treedef = jax.tree.flatten(params)
     keys = leaf_keys(params)
     for key, path in zip(keys, leaf_paths(params), strict=True):
@@ -115,13 +124,14 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
                     else "Is there a dm.mvr_momentum in the optimizer, and is this its state?"
                 )
             )
-    return treedef.unflatten(
+    previous = treedef.unflatten(
         found[key].astype(leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
     )
+    return restructure_like("opt_state's params", previous, params, reference_name="parameters")
 
 
 def keeps_prev_params(opt_state: Any) -> bool:
-    """Whether a state has a part that keeps parameters."""
+    """Whether some part of a state keeps parameters."""
     return any(map(_keeps_params, jax.tree.leaves(opt_state, is_leaf=_keeps_params)))
 
 
@@ -143,6 +153,7 @@ def remember(
             f"{name} keeps the parameters: pass them to update, "
             "tx.update(grads, opt_state, params)."
         )
+    params = restructure_like("params", params, state.params, reference_name="state")
     leaves, treedef = jax.tree.flatten(state.params)
     active = np.array(jax.tree.leaves(layer_mask), bool)
     kept = [

@@ -11,11 +11,16 @@ from dropmuon_jax._checks import check_decay
 
 def check_decay_or_schedule(name: str, value: Any) -> None:
     """Error unless a decay is a number in [0, 1), a scalar array or a schedule."""
+    check_called(name, value)
+    if not callable(value):
+        check_decay(name, value)
+
+
+def check_called(name: str, value: Any) -> None:
+    """Error for what makes a schedule, in the place of one."""
     for factory in (gluon_decay, mvr_decay, mvr_q):
         if value is factory:
             raise TypeError(f"{name} is dm.{factory.__name__} itself: call it.")
-    if not callable(value):
-        check_decay(name, value)
 
 
 def gluon_decay() -> optax.Schedule:

@@ -10,7 +10,7 @@ from dropmuon_jax._optimizers._scion import (
     scion,
     scion_init,
 )
-from dropmuon_jax._optimizers._variance_reduced import gluon_mvr, muon_mvr, star_convex_rate
+from dropmuon_jax._optimizers._variance_reduced import gluon_mvr, muon_mvr
 
 __all__ = [
     "ROLE_NORMS",
@@ -25,5 +25,4 @@ __all__ = [
     "muon_mvr",
     "scion",
     "scion_init",
-    "star_convex_rate",
 ]

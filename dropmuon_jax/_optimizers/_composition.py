@@ -31,6 +31,7 @@ from dropmuon_jax._radii import (
     distinct_radii,
     gluon_radius,
     mvr_radius,
+    star_convex_rate,
 )
 from dropmuon_jax._subtrees import chain_subtrees
 
@@ -195,13 +196,20 @@ def check_role_radii(radii: Any) -> None:
 
 
 def every_layer(
-    name: str, transformation: optax.GradientTransformationExtraArgs
+    name: str, transformation: optax.GradientTransformation, *, dropping: str = ""
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation without layer masks, which it would not honour everywhere."""
+    """The transformation without layer masks, which it would not honour everywhere.
+
+    `dropping` is what does, by default `drop_` and the name.
+    """
+    transformation = optax.with_extra_args_support(transformation)
 
     def update_fn(updates, state, params=None, **extra_args):
         if extra_args.get("layer_mask") is not None:
-            raise TypeError(f"{name} updates every layer and takes no layer_mask; use drop_{name}.")
+            raise TypeError(
+                f"{name} updates every layer and takes no layer_mask; use "
+                f"{dropping or f'drop_{name}'}."
+            )
         check_extra_args(extra_args)
         return transformation.update(updates, state, params, **extra_args)
 
@@ -215,6 +223,8 @@ def check_rate(name: str, rate: optax.ScalarOrSchedule) -> None:
             raise TypeError(
                 f"{name} is dm.{factory.__name__} itself: call it with the first radius."
             )
+    if rate is star_convex_rate:
+        raise TypeError(f"{name} is dm.star_convex_rate itself: call it.")
     if not callable(rate):
         check_nonnegative(name, rate)
 

@@ -47,7 +47,8 @@ def drop_muon(
 
     It is `optax.chain` of :func:`chain_subtrees` and :func:`layer_mask_sampler`; write the chain
     yourself for more than these arguments. Wrappers go around it, such as clipping before it; their
-    result gets the draws back by `tx.attach_to`.
+    result gets the draws back by `tx.attach_to`. (With :func:`mvr_momentum` clip both gradients by
+    one factor before `update`.)
 
     Args:
         learning_rate: The radius γ of a step, or a schedule of it over all steps.
@@ -195,6 +196,9 @@ def _muon_subtrees(
 
     if momentum is None:
         momentum = _momentum(decay=0.9)
+    if auxiliary is None:
+        auxiliary = optax.scale_by_adam()
+    lacks_prev_params = _keeps_prev_params(momentum) and not _keeps_prev_params(auxiliary)
     matrices = optax.chain(
         momentum,
         newton_schulz_lmo(shape_factor="muon") if lmo is None else lmo,
@@ -202,8 +206,8 @@ def _muon_subtrees(
         optax.scale_by_learning_rate(learning_rate),
     )
     others = optax.chain(
-        *([keep_prev_params()] if _keeps_prev_params(momentum) else []),
-        freeze(optax.scale_by_adam() if auxiliary is None else auxiliary),
+        *([keep_prev_params()] if lacks_prev_params else []),
+        freeze(auxiliary),
         optax.scale_by_learning_rate(auxiliary_learning_rate),
     )
     return chain_subtrees(
@@ -211,10 +215,12 @@ def _muon_subtrees(
     )
 
 
-def _keeps_prev_params(momentum: optax.GradientTransformation) -> bool:
-    """Whether the momentum needs the network's previous parameters; False where it cannot tell."""
+def _keeps_prev_params(transformation: optax.GradientTransformation) -> bool:
+    """Whether its state holds previous parameters; False where that cannot be told."""
     try:
-        state = jax.eval_shape(momentum.init, {"probe": jax.ShapeDtypeStruct((2, 2), np.float32)})
+        state = jax.eval_shape(
+            transformation.init, {"probe": jax.ShapeDtypeStruct((2, 2), np.float32)}
+        )
     except (LookupError, TypeError, ValueError):
         return False  # made for other parameters
     return keeps_prev_params(state)

@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from dropmuon_jax._checks import check_decay
 from dropmuon_jax._lmo import newton_schulz_lmo
 from dropmuon_jax._matrices import DimensionNumbers
-from dropmuon_jax._momentum import mvr_decay, mvr_momentum, mvr_q
-from dropmuon_jax._optimizers._composition import check_constrained_rate, check_rate
+from dropmuon_jax._momentum import check_decay_or_schedule, mvr_decay, mvr_momentum, mvr_q
+from dropmuon_jax._optimizers._composition import check_constrained_rate, check_rate, every_layer
 from dropmuon_jax._optimizers._gluon import gluon
 from dropmuon_jax._optimizers._muon import muon
 from dropmuon_jax._radii import Radius
@@ -71,7 +70,7 @@ def gluon_mvr(
         decay = mvr_decay() if variant == 1 else 0.9
     if q is None and variant != 1:
         q = mvr_q()
-    return gluon(
+    tx = gluon(
         learning_rate,
         radii,
         momentum=mvr_momentum(decay, variant=variant, q=q),
@@ -79,6 +78,9 @@ def gluon_mvr(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
+    )
+    return every_layer(
+        "gluon_mvr", tx, dropping="drop_gluon(…, momentum=dm.mvr_momentum(dm.mvr_decay()))"
     )
 
 
@@ -121,8 +123,8 @@ def muon_mvr(
 
     Raises:
         TypeError: As :func:`mvr_momentum` and :func:`muon`.
-        ValueError: Likewise, and for a γ above 1 (of a schedule its first value), or above
-            1 - decay.
+        ValueError: Likewise, and for a γ above 1 or above 1 - decay; of schedules the first values
+            are checked.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -140,19 +142,14 @@ def muon_mvr(
     """
     check_rate("learning_rate", learning_rate)
     check_constrained_rate(learning_rate)
-    if isinstance(decay, float | int) and isinstance(learning_rate, float | int):
-        check_decay("decay", decay)
-        if 1 - decay < learning_rate:
-            raise ValueError(
-                f"The theory asks for 1 - decay ≥ learning_rate, and 1 - {decay} < "
-                f"{learning_rate}: lower one of them. Any combination is allowed in "
-                "dm.muon(…, momentum=dm.mvr_momentum(decay))."
-            )
+    if decay is not None:
+        check_decay_or_schedule("decay", decay)
+        _check_weights(decay, learning_rate)
 
     def one_minus_rate(count: Any) -> Any:
         return 1 - (learning_rate(count) if callable(learning_rate) else learning_rate)
 
-    return muon(
+    tx = muon(
         learning_rate,
         momentum=mvr_momentum(one_minus_rate if decay is None else decay),
         lmo=newton_schulz_lmo(radius),
@@ -161,26 +158,19 @@ def muon_mvr(
         auxiliary_learning_rate=auxiliary_learning_rate,
         labels=labels,
     )
+    return every_layer(
+        "muon_mvr", tx, dropping="drop_scion(…, momentum=dm.mvr_momentum(decay)), which has balls"
+    )
 
 
-def star_convex_rate() -> optax.Schedule:
-    """γ of a constrained step for star-convex problems: 2 / (k + 2) in step k.
-
-    Returns:
-        A schedule for the learning rate of :func:`muon_mvr`.
-
-    Examples:
-        >>> import dropmuon_jax as dm
-        >>> rate = dm.star_convex_rate()
-        >>> print(rate(0), rate(6))
-        1.0 0.25
-
-    References:
-        The usual step of Frank and Wolfe's method; the constants of Qian et al., 2025,
-        arXiv:2512.16598, are not seen written out.
-    """
-
-    def schedule(count: Any) -> jax.Array:
-        return 2 / (jnp.asarray(count, jnp.result_type(float)) + 2)
-
-    return schedule
+def _check_weights(decay: Any, learning_rate: Any) -> None:
+    """Error for α < β, as far as the numbers are known: of schedules the first ones."""
+    past = decay(0) if callable(decay) else decay
+    rate = learning_rate(0) if callable(learning_rate) else learning_rate
+    if isinstance(past, Tracer) or isinstance(rate, Tracer):
+        return
+    if past + rate > 1 + 1e-6:  # type: ignore[operator]
+        raise ValueError(
+            f"The theory asks for 1 - decay ≥ learning_rate, and 1 - {past} < {rate}: lower one of "
+            "them. Any combination is allowed in dm.muon(…, momentum=dm.mvr_momentum(decay))."
+        )
