@@ -94,9 +94,9 @@ def state_after(last_steps, count):
 @pytest.mark.parametrize(
     ("point", "old"),
     [
-        ("own last step", [False, True, True]),  # those that are active now
+        ("own step", [False, True, True]),  # those that are active now
         ("last step", [False, False, True]),  # those that moved in the step before
-        ("all own last steps", [True, True, True]),
+        ("all own steps", [True, True, True]),
     ],
 )
 def test_previous_point_of_a_rule_has_these_layers_at_old_parameters(point, old):
@@ -126,7 +126,7 @@ def test_own_last_step_is_the_pair_of_the_package():
     _, (_, expected) = dm.masked_value_and_grad_pair(problem.loss)(
         params, dm.prev_params(state, params), *args, layer_mask=mask
     )
-    at = previous_point("own last step", state, params, mask)
+    at = previous_point("own step", state, params, mask)
     _, actual = dm.masked_value_and_grad(problem.loss)(at, *args, layer_mask=mask)
     for name in params:
         np.testing.assert_array_equal(actual[name], expected[name])
@@ -169,8 +169,8 @@ def test_ranks_are_by_ratios_to_the_best_rule_and_ties_share_a_place():
         (second, 2, 1.0, 2.0),
     ]
     assert verdict(1, dropped) == (
-        "MVR-1: 'own last step, correct' has the smallest median ratio of its error to the best "
-        "rule's, 1.000, and is best in 2 of 3 configurations; then comes 'own last step, restart', "
+        "MVR-1: 'own step, correct' has the smallest median ratio of its error to the best "
+        "rule's, 1.000, and is best in 2 of 3 configurations; then comes 'own step, restart', "
         "1.000. The error of the EMA is 1.00 × its own in the median, and smaller in 1."
     )
 

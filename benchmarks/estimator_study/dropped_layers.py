@@ -13,7 +13,7 @@ import dropmuon_jax as dm
 from estimator_study.problems import LayeredQuadratic
 from estimator_study.settings import Settings
 
-Point = Literal["own last step", "last step", "all own last steps"]
+Point = Literal["own step", "last step", "all own steps"]
 OnWaking = Literal["correct", "decay", "restart"]
 POINTS: tuple[Point, ...] = get_args(Point)
 ON_WAKING: tuple[OnWaking, ...] = get_args(OnWaking)
@@ -26,14 +26,14 @@ class Rule:
 
     The second gradient is taken
 
-    * "own last step": at the active layers' parameters before their own last active step, and the
+    * "own step": at the active layers' parameters before their own last active step, and the
       inactive layers as they are now; this is `dm.masked_value_and_grad_pair`;
     * "last step": at the whole network as it was in the step before;
-    * "all own last steps": at every layer's parameters before its own last active step.
+    * "all own steps": at every layer's parameters before its own last active step.
     """
 
     variant: Literal[1, 3] | None = None
-    point: Point = "own last step"
+    point: Point = "own step"
     on_waking: OnWaking = "correct"
 
     @property
@@ -115,9 +115,9 @@ def previous_point(
 ) -> dict[str, Array]:
     """Where the second gradient is taken."""
     own: Any = dm.prev_params(state, params)
-    if point == "all own last steps":
+    if point == "all own steps":
         return own
-    if point == "own last step":
+    if point == "own step":
         return jax.tree.map(
             lambda active, old, now: old if active else now, layer_mask, own, params
         )

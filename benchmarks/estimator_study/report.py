@@ -145,10 +145,10 @@ def _rank_table(settings: Settings, variant: int, dropped: Dropped) -> Table:
     rules = rules_of(variant, dropped)
     table = _table(
         f"Rules for dropped layers, MVR-{variant}",
-        f"{len(grid(settings))} configurations: how often the best, and median and worst ratio to "
-        "the best",
+        f"median ratios to the best rule of each of {len(grid(settings))} configurations;\n"
+        "of active layers also how often it is the best, and the worst ratio",
     )
-    table.add_column("second gradient at, on waking", no_wrap=True)
+    table.add_column("second gradient at,\non waking", no_wrap=True)
     headings = {
         "active": "active layers",
         "first_layer": "layer 0",
@@ -163,20 +163,25 @@ def _rank_table(settings: Settings, variant: int, dropped: Dropped) -> Table:
     }
     for rule in by_measure["active"]:
         ranks = (by_measure[measure][rule] for measure in headings)
-        table.add_row(rule.name, *(f"{r.firsts:3d} {r.median:6.3f} {r.worst:6.2f}" for r in ranks))
+        active, *others = ranks
+        table.add_row(
+            rule.name,
+            f"{active.firsts:2d}  {active.median:.3f}  {active.worst:5.2f}",
+            *(f"{of_measure.median:.3f}" for of_measure in others),
+        )
     return table
 
 
 def _waking_table(settings: Settings, dropped: Dropped) -> Table:
     table = _table(
         "On waking, by noise",
-        "active layers, layer 0, f: ratio to 'correct', second gradient at own last step",
+        "active layers, layer 0, f: ratio to 'correct', second gradient at own step",
     )
     table.add_column("rule", no_wrap=True)
     for noise in settings.layer_noises:
         table.add_column(f"noise {noise:g}", justify="right", no_wrap=True)
     for rule in dropped:
-        if rule.variant and rule.point == "own last step" and rule.on_waking != "correct":
+        if rule.variant and rule.point == "own step" and rule.on_waking != "correct":
             columns = [
                 waking_by_noise(settings, dropped, rule, measure)
                 for measure in ("active", "first_layer", "value")
@@ -196,7 +201,7 @@ def _bold(text: str, bold: bool) -> str:
 
 
 def _table(title: str, note: str) -> Table:
-    return Table(title=f"{title}\n{note}", box=SIMPLE, pad_edge=False)
+    return Table(title=f"{title}\n{note}", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def record(settings: Settings, all_layers: AllLayers, dropped: Dropped) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _table(settings: Settings, outcomes: Sequence[Outcome]) -> Table:
             f"{outcome.grid.best_rate:g}{'*' if outcome.grid.best_is_at_edge else ''}",
             loss if math.isfinite(outcome.test_loss) else "diverged",
             *("—" if outcome.ratios[a] == NEVER else f"{outcome.ratios[a]:.2f}" for a in AXES),
-            f"{1000 * outcome.seconds_per_step:.1f}",
+            f"{1000 * outcome.seconds_per_step:.0f}",
         )
     return table
 

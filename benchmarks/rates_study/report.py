@@ -89,14 +89,15 @@ def _slopes_table(settings: Settings, problem: str, fits: Sequence[Fitted]) -> T
     first, last = of_problem[0].at[[0, -1]]
     table = Table(
         title=f"{problem}\nslopes over K = {first:,} … {last:,}, 95 % intervals of "
-        f"{settings.num_seeds} seeds; *: best radius at K = "
+        f"{settings.num_seeds} seeds\n* best radius at K = "
         f"{of_problem[0].at[len(of_problem[0].at) // 2]:,}",
         box=SIMPLE,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("method", no_wrap=True)
-    headings = ("radius", "upper bound", "predicted", "mean of all steps ≤ K", "of the later half")
-    for heading in (*headings, f"value at {last:,}"):
+    headings = ("radius", "upper\nbound", "pre-\ndicted", "mean of all steps", "of the later half")
+    for heading in (*headings, f"value at\n{last:,}"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = chosen(fits)
     for of_radius in of_problem:
@@ -112,7 +113,8 @@ def _slopes_table(settings: Settings, problem: str, fits: Sequence[Fitted]) -> T
 
 
 def _interval(slope: Slope) -> str:
-    return f"{slope.value:.3f} [{slope.low:.3f}, {slope.high:.3f}]".replace("[", r"\[")
+    """The slope and the wider half of its interval."""
+    return f"{slope.value:.3f} ± {max(slope.value - slope.low, slope.high - slope.value):.3f}"
 
 
 def record(fits: Sequence[Fitted]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import dropmuon_jax as dm
 from rates_study.problems import BALL, Problem
 from rates_study.settings import Settings
 
-
 STAR_CONVEX_RATE = dm.star_convex_rate()
 
 
