@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
+from arguments import require, require_folder
 from images import DatasetName
 
 MethodName = Literal[
@@ -122,33 +123,29 @@ def check_settings(settings: Settings) -> None:
     """Ends the program with a sentence for arguments that make no race."""
     for name in ("seeds", "methods", "channels"):
         values = getattr(settings, name)
-        _require(len(values) > 0, name, "needs at least one value")
+        require(len(values) > 0, name, "needs at least one value")
         if name != "channels":
-            _require(len(set(values)) == len(values), name, f"names a value twice: {values}")
+            require(len(set(values)) == len(values), name, f"names a value twice: {values}")
     for name in ("batch_size", "epochs", "eval_every", "max_train"):
         value = getattr(settings, name)
-        _require(value is None or value >= 1, name, f"must be at least 1, got {value}")
-    _require(min(settings.channels) >= 1, "channels", f"must be positive, got {settings.channels}")
-    _require(min(settings.seeds) >= 0, "seeds", f"must not be negative, got {settings.seeds}")
+        require(value is None or value >= 1, name, f"must be at least 1, got {value}")
+    require(min(settings.channels) >= 1, "channels", f"must be positive, got {settings.channels}")
+    require(min(settings.seeds) >= 0, "seeds", f"must not be negative, got {settings.seeds}")
     rates = {name for names in LEARNING_RATES.values() for name in names}
     for name in ("bias_learning_rate", *sorted(rates)):
         value = getattr(settings, name)
-        _require(value is None or value > 0, name, f"must be positive, got {value}")
+        require(value is None or value > 0, name, f"must be positive, got {value}")
     constrained = settings.scion_constrained_learning_rate
-    _require(
+    require(
         constrained <= 1, "scion_constrained_learning_rate", f"must be at most 1, got {constrained}"
     )
     short = settings.short_run
-    _require(0 < short <= 1, "short_run", f"must lie in (0, 1], got {short}")
-    _require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
+    require(0 < short <= 1, "short_run", f"must lie in (0, 1], got {short}")
+    require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
     for name in ("targets", "targets_of_best"):
         for value in getattr(settings, name):
-            _require(0 < value <= 1, name, f"must lie in (0, 1], got {value}")
-    _require(
-        not settings.output_dir.exists() or settings.output_dir.is_dir(),
-        "output_dir",
-        "must be a folder, and is a file",
-    )
+            require(0 < value <= 1, name, f"must lie in (0, 1], got {value}")
+    require_folder("output_dir", settings.output_dir)
 
 
 def learning_rate(settings: Settings, method: MethodName) -> float:
@@ -159,13 +156,8 @@ def learning_rate(settings: Settings, method: MethodName) -> float:
 
 def check_batch_size(settings: Settings, num_train: int) -> None:
     """Ends the program if not even one batch can be made."""
-    _require(
+    require(
         settings.batch_size <= num_train,
         "batch_size",
         f"is {settings.batch_size}, and there are only {num_train} training images",
     )
-
-
-def _require(condition: bool, argument: str, complaint: str) -> None:
-    if not condition:
-        raise SystemExit(f"--{argument.replace('_', '-')} {complaint}.")

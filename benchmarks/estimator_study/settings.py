@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
+from arguments import require, require_folder
+
 ProblemName = Literal["quadratic", "logistic"]
 PROBLEMS: tuple[ProblemName, ...] = get_args(ProblemName)
 
@@ -50,34 +52,25 @@ def check_settings(settings: Settings) -> None:
     decays = ("decays", "layer_decays")
     for name in ("problems", *grids, *decays, "couplings"):
         values = getattr(settings, name)
-        _require(len(values) > 0, name, "needs at least one value")
-        _require(len(set(values)) == len(values), name, f"names a value twice: {values}")
+        require(len(values) > 0, name, "needs at least one value")
+        require(len(set(values)) == len(values), name, f"names a value twice: {values}")
     for name in ("num_samples", "batch_size", "num_seeds", "layer_seeds"):
         value = getattr(settings, name)
-        _require(value >= 1, name, f"must be at least 1, got {value}")
+        require(value >= 1, name, f"must be at least 1, got {value}")
     for name in ("num_steps", "layer_steps"):
         value = getattr(settings, name)
-        _require(value >= 2, name, f"must be at least 2, got {value}")
+        require(value >= 2, name, f"must be at least 2, got {value}")
     for name in grids:
         values = getattr(settings, name)
-        _require(min(values) > 0, name, f"must be positive, got {values}")
+        require(min(values) > 0, name, f"must be positive, got {values}")
     for name in decays:
         values = getattr(settings, name)
-        _require(0 <= min(values) <= max(values) < 1, name, f"must lie in [0, 1), got {values}")
+        require(0 <= min(values) <= max(values) < 1, name, f"must lie in [0, 1), got {values}")
     couplings = settings.couplings
-    _require(
+    require(
         0 <= min(couplings) <= max(couplings) <= 1,
         "couplings",
         f"must lie in [0, 1], got {couplings}",
     )
-    _require(settings.seed >= 0, "seed", f"must not be negative, got {settings.seed}")
-    _require(
-        not settings.output_dir.exists() or settings.output_dir.is_dir(),
-        "output_dir",
-        "must be a folder, and is a file",
-    )
-
-
-def _require(condition: bool, argument: str, complaint: str) -> None:
-    if not condition:
-        raise SystemExit(f"--{argument.replace('_', '-')} {complaint}.")
+    require(settings.seed >= 0, "seed", f"must not be negative, got {settings.seed}")
+    require_folder("output_dir", settings.output_dir)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from arguments import require, require_folder
 from momentum_study.methods import METHODS, REFERENCE, MethodName
 
 
@@ -48,9 +49,9 @@ def check_settings(settings: Settings) -> None:
     """Ends the program with a sentence for arguments that make no study."""
     for name in ("methods", "batch_sizes", "learning_rates", "seeds"):
         values = getattr(settings, name)
-        _require(len(values) > 0, name, "needs at least one value")
-        _require(len(set(values)) == len(values), name, f"names a value twice: {values}")
-    _require(
+        require(len(values) > 0, name, "needs at least one value")
+        require(len(set(values)) == len(values), name, f"names a value twice: {values}")
+    require(
         REFERENCE in settings.methods,
         "methods",
         f"must name {REFERENCE}, with which the others are compared, got {settings.methods}",
@@ -61,42 +62,33 @@ def check_settings(settings: Settings) -> None:
     ):
         values = getattr(settings, name)
         smallest = values if isinstance(values, int) else min(values)
-        _require(smallest >= 1, name, f"must be at least 1, got {values}")
+        require(smallest >= 1, name, f"must be at least 1, got {values}")
     blocks = settings.num_blocks
-    _require(blocks >= 0, "num_blocks", f"must not be negative, got {blocks}")
-    _require(
+    require(blocks >= 0, "num_blocks", f"must not be negative, got {blocks}")
+    require(
         settings.eval_every <= settings.num_steps,
         "eval_every",
         f"is {settings.eval_every}, and there are only {settings.num_steps} steps",
     )
-    _require(
+    require(
         settings.width % settings.num_heads == 0,
         "num_heads",
         f"must divide the width {settings.width}, got {settings.num_heads}",
     )
     rates = settings.learning_rates
-    _require(min(rates) > 0, "learning_rates", f"must be positive, got {rates}")
-    _require(list(rates) == sorted(rates), "learning_rates", f"must ascend, got {rates}")
+    require(min(rates) > 0, "learning_rates", f"must be positive, got {rates}")
+    require(list(rates) == sorted(rates), "learning_rates", f"must ascend, got {rates}")
     rate = settings.auxiliary_learning_rate
-    _require(rate > 0, "auxiliary_learning_rate", f"must be positive, got {rate}")
-    _require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
-    _require(0 < settings.q <= 1, "q", f"must lie in (0, 1], got {settings.q}")
+    require(rate > 0, "auxiliary_learning_rate", f"must be positive, got {rate}")
+    require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
+    require(0 < settings.q <= 1, "q", f"must lie in (0, 1], got {settings.q}")
     for name in ("tuning_seed", "seeds"):
         values = getattr(settings, name)
         smallest = values if isinstance(values, int) else min(values)
-        _require(smallest >= 0, name, f"must not be negative, got {values}")
-    _require(
+        require(smallest >= 0, name, f"must not be negative, got {values}")
+    require(
         settings.tuning_seed not in settings.seeds,
         "tuning_seed",
         f"is {settings.tuning_seed}, one of the seeds that are reported",
     )
-    _require(
-        not settings.output_dir.exists() or settings.output_dir.is_dir(),
-        "output_dir",
-        "must be a folder, and is a file",
-    )
-
-
-def _require(condition: bool, argument: str, complaint: str) -> None:
-    if not condition:
-        raise SystemExit(f"--{argument.replace('_', '-')} {complaint}.")
+    require_folder("output_dir", settings.output_dir)

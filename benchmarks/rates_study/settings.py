@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from arguments import require, require_folder
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -37,34 +39,25 @@ def check_settings(settings: Settings) -> None:
     """Ends the program with a sentence for arguments that make no study."""
     for name in ("radii", "powers"):
         values = getattr(settings, name)
-        _require(len(values) > 0, name, "needs at least one value")
-        _require(len(set(values)) == len(values), name, f"names a value twice: {values}")
-    _require(min(settings.radii) > 0, "radii", f"must be positive, got {settings.radii}")
-    _require(min(settings.powers) >= 2, "powers", f"must be at least 2, got {settings.powers}")
+        require(len(values) > 0, name, "needs at least one value")
+        require(len(set(values)) == len(values), name, f"names a value twice: {values}")
+    require(min(settings.radii) > 0, "radii", f"must be positive, got {settings.radii}")
+    require(min(settings.powers) >= 2, "powers", f"must be at least 2, got {settings.powers}")
     for name, least in (("measure_every", 1), ("num_seeds", 2)):
         value = getattr(settings, name)
-        _require(value >= least, name, f"must be at least {least}, got {value}")
-    _require(settings.decades > 0, "decades", f"must be positive, got {settings.decades}")
-    _require(settings.seed >= 0, "seed", f"must not be negative, got {settings.seed}")
+        require(value >= least, name, f"must be at least {least}, got {value}")
+    require(settings.decades > 0, "decades", f"must be positive, got {settings.decades}")
+    require(settings.seed >= 0, "seed", f"must not be negative, got {settings.seed}")
     for name in ("noise", "noise_slope"):
         value = getattr(settings, name)
-        _require(value >= 0, name, f"must not be negative, got {value}")
-    _require(
+        require(value >= 0, name, f"must not be negative, got {value}")
+    require(
         0 <= settings.mvr_decay < 1, "mvr_decay", f"must lie in [0, 1), got {settings.mvr_decay}"
     )
     least = 8 * settings.measure_every
-    _require(
+    require(
         settings.horizon >= least,
         "horizon",
         f"must be at least 8 × --measure-every = {least}, got {settings.horizon}",
     )
-    _require(
-        not settings.output_dir.exists() or settings.output_dir.is_dir(),
-        "output_dir",
-        "must be a folder, and is a file",
-    )
-
-
-def _require(condition: bool, argument: str, complaint: str) -> None:
-    if not condition:
-        raise SystemExit(f"--{argument.replace('_', '-')} {complaint}.")
+    require_folder("output_dir", settings.output_dir)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from arguments import require, require_folder
 from images import DatasetName
 
 
@@ -45,34 +46,25 @@ class Settings:
 def check_settings(settings: Settings) -> None:
     """Ends the program with a sentence for arguments that make no study."""
     for name in ("channels", "seeds", "multipliers", "constant_radii"):
-        _require(len(getattr(settings, name)) > 0, name, "needs at least one value")
+        require(len(getattr(settings, name)) > 0, name, "needs at least one value")
     for name in ("max_train", "batch_size"):
         value = getattr(settings, name)
-        _require(value >= 1, name, f"must be at least 1, got {value}")
-    _require(settings.num_steps >= 3, "num_steps", f"must be at least 3, got {settings.num_steps}")
-    _require(
+        require(value >= 1, name, f"must be at least 1, got {value}")
+    require(settings.num_steps >= 3, "num_steps", f"must be at least 3, got {settings.num_steps}")
+    require(
         settings.batch_size <= settings.max_train,
         "batch_size",
         f"is {settings.batch_size}, and there are only {settings.max_train} training images",
     )
-    _require(min(settings.channels) >= 1, "channels", f"must be positive, got {settings.channels}")
-    _require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
+    require(min(settings.channels) >= 1, "channels", f"must be positive, got {settings.channels}")
+    require(0 <= settings.decay < 1, "decay", f"must lie in [0, 1), got {settings.decay}")
     for name in ("fit_seed", "seeds"):
         values = getattr(settings, name)
         smallest = values if isinstance(values, int) else min(values)
-        _require(smallest >= 0, name, f"must not be negative, got {values}")
-    _require(settings.hinge >= 0, "hinge", f"must not be negative, got {settings.hinge}")
+        require(smallest >= 0, name, f"must not be negative, got {values}")
+    require(settings.hinge >= 0, "hinge", f"must not be negative, got {settings.hinge}")
     for name in ("fit_radius", "multipliers", "constant_radii"):
         values = getattr(settings, name)
         smallest = values if isinstance(values, float) else min(values)
-        _require(smallest > 0, name, f"must be positive, got {values}")
-    _require(
-        not settings.output_dir.exists() or settings.output_dir.is_dir(),
-        "output_dir",
-        "must be a folder, and is a file",
-    )
-
-
-def _require(condition: bool, argument: str, complaint: str) -> None:
-    if not condition:
-        raise SystemExit(f"--{argument.replace('_', '-')} {complaint}.")
+        require(smallest > 0, name, f"must be positive, got {values}")
+    require_folder("output_dir", settings.output_dir)
