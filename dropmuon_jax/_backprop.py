@@ -79,7 +79,7 @@ def masked_value_and_grad_pair(
     among its arguments, the same dropout and augmentation. Inactive layers are at both points what
     they are now. Both backward passes stop below the shallowest active leaf, and the forward pass
     below it is the same in both, so that the compiled program has it once: the two cost at most
-    twice one.
+    twice the FLOPs of one, and up to twice its temporary memory.
 
     Args:
         loss_fn: As in :func:`masked_value_and_grad`.

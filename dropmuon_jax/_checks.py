@@ -66,7 +66,11 @@ def check_floating(name: str, dtype: Any) -> None:
             f"{name} must be a dtype, got an array. It is static: under optax.inject_hyperparams, "
             "which takes dtypes for schedules, name it in static_args."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        raise TypeError(f"{name} must be a dtype, such as jnp.bfloat16, got {dtype!r}.") from None
+    if not is_floating:
         raise TypeError(f"{name} must be of a floating-point dtype, got {jnp.dtype(dtype).name}.")
 
 

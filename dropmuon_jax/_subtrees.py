@@ -135,7 +135,8 @@ def per_layer(
         if optax.tree.get_all_with_path(states, "MVRMomentumState"):
             raise ValueError(
                 "mvr_momentum looks at the layer mask itself, and inside per_layer it cannot know "
-                "how long a layer slept: leave per_layer out."
+                "how long a layer slept: leave per_layer out. It cannot be the auxiliary of "
+                "drop_muon; write the chain with dm.chain_subtrees."
             )
         return PerLayerState(tuple(states))
 

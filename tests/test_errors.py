@@ -1417,6 +1417,48 @@ MOMENTUM_ERRORS = [
         ValueError,
         "on_waking must be one of ['correct', 'decay', 'restart'], got 'reset'",
     ),
+    error(
+        "the_state_of_another_momentum",
+        lambda: dm.mvr_momentum().update(
+            PARAMS, dm.momentum().init(PARAMS), PARAMS, prev_params_grads=PARAMS
+        ),
+        TypeError,
+        "The state given to mvr_momentum is none of variant 1",
+        "tx.init(params)",
+    ),
+    error(
+        "the_state_of_another_variant",
+        lambda: dm.mvr_momentum(variant=2).update(
+            PARAMS, dm.mvr_momentum().init(PARAMS), PARAMS, prev_params_grads=PARAMS
+        ),
+        TypeError,
+        "none of variant 2",
+    ),
+    error(
+        "the_state_of_mvr_in_mars",
+        lambda: dm.mars_momentum().update(PARAMS, dm.mvr_momentum().init(PARAMS)),
+        TypeError,
+        "The state given to mars_momentum is that of another momentum",
+    ),
+    error(
+        "a_schedule_of_q_as_decay",
+        lambda: dm.mvr_momentum(dm.mvr_q()),
+        ValueError,
+        "decay is the weight of the past and must lie in [0, 1), got 1.0",
+    ),
+    error(
+        "a_schedule_of_decay_as_q",
+        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_decay()),
+        ValueError,
+        "q is the weight of the new gradient",
+        "got 0.0",
+    ),
+    error(
+        "a_dtype_by_a_wrong_name",
+        lambda: dm.mvr_momentum(prev_params_dtype="bf16"),
+        TypeError,
+        "prev_params_dtype must be a dtype, such as jnp.bfloat16, got 'bf16'",
+    ),
     error("mvr_dtype", lambda: dm.mvr_momentum(dtype=jnp.int32), TypeError, "dtype", "int32"),
     error(
         "prev_params_dtype",
@@ -1449,8 +1491,7 @@ MOMENTUM_ERRORS = [
         ),
         ValueError,
         "optax.MultiSteps averages the gradients of its micro-batches, and not prev_params_grads",
-        "inside the loss",
-        "inner_opt_state",
+        "average both gradients",
     ),
     error(
         "a_pair_without_a_mask",

@@ -277,9 +277,9 @@ def test_tables_say_what_was_never_reached_what_diverged_and_what_lies_at_an_edg
     lines = shown.getvalue().splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in reversed(lines) if line.strip()}
     assert rows["EMA"][:4] == ["0.1*", "1.1000", "±", "0.1000"]
-    assert rows["EMA"][4:] == ["1.00", "1.00", "1.00", "100.0"]
-    assert rows["MVR-1"] == ["0.1*", "2.0000", "±", "0.0000", "—", "—", "—", "200.0"]
-    assert rows["MARS"] == ["0.1*", "diverged", "—", "—", "—", "100.0"]
+    assert rows["EMA"][4:] == ["1.00", "1.00", "1.00", "100"]
+    assert rows["MVR-1"] == ["0.1*", "2.0000", "±", "0.0000", "—", "—", "—", "200"]
+    assert rows["MARS"] == ["0.1*", "diverged", "—", "—", "—", "100"]
     assert "whose edge is the best of EMA; MVR-1; MARS." in shown.getvalue()
 
 

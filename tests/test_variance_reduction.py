@@ -523,6 +523,16 @@ def test_schedules_fall_as_the_theory_says():
     assert [float(dm.star_convex_rate()(k)) for k in (0, 2, 18)] == pytest.approx([1, 0.5, 0.1])
 
 
+def test_an_optimizer_of_every_layer_takes_the_mask_of_every_layer():
+    params = jax.tree.map(jnp.float32, random_tree(0))
+    tx = dm.gluon_mvr(0.1)
+    state = tx.init(params)
+    with_none, _ = tx.update(params, state, params, prev_params_grads=params, layer_mask=None)
+    without, _ = tx.update(params, state, params, prev_params_grads=params)
+    for name in NAMES:
+        np.testing.assert_array_equal(with_none[name], without[name])
+
+
 def test_a_rate_of_exactly_one_minus_decay_is_allowed():
     dm.muon_mvr(0.1, 3.0, decay=0.9)
 

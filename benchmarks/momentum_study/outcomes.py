@@ -134,6 +134,8 @@ def verdict(batch_size: int, outcomes: Sequence[Outcome]) -> str:
     if controls:
         compared = " and ".join(_compared(best, control) for control in controls)
         sentence += f"after equal gradient evaluations it {compared}; "
+    if len(best.runs) < 2:
+        return sentence + "one seed gives no verdict."
     if "loses to" in relations:
         return sentence + "so the second gradient did not pay."
     if len(controls) < len(CONTROLS):

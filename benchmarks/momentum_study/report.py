@@ -45,7 +45,14 @@ def _table(settings: Settings, outcomes: Sequence[Outcome]) -> Table:
     )
     table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    headings = ("best\nrate", "final\ntest loss", "steps", "gradients", "seconds", "ms a\nstep")
+    headings = (
+        "best\nrate",
+        "final\ntest loss",
+        "steps",
+        "gra-\ndients",
+        "sec-\nonds",
+        "ms a\nstep",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     best = min(outcomes, key=lambda o: o.test_loss)

@@ -1,5 +1,7 @@
 """The exponential moving average of the gradients."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """MARS: variance reduction with one gradient a step, approximately."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +100,11 @@ def mars_momentum(
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         del params
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        if not isinstance(state, MarsMomentumState):
+            raise TypeError(
+                "The state given to mars_momentum is that of another momentum: make one with "
+                "tx.init(params)."
+            )
         past = jnp.asarray(decay(state.count) if callable(decay) else decay)
 
         def step(m: Array, g: Array, g_last: Array, started: Array) -> Array:

@@ -1,5 +1,7 @@
 """Momentum variance reduction: MVR-1, MVR-2 and MVR-3."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -18,7 +20,7 @@ from dropmuon_jax._checks import (
 from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._momentum._prev_params import PrevParamsState, init_prev_params, remember
-from dropmuon_jax._momentum._schedules import check_called, check_decay_or_schedule
+from dropmuon_jax._momentum._schedules import check_called, check_decay_or_schedule, first_value
 from dropmuon_jax._momentum._second_gradient import missing_second_gradient
 
 Start = Literal["gradient", "zero"]
@@ -73,8 +75,10 @@ def mvr_momentum(
             grads, opt_state, params, layer_mask=mask, prev_params_grads=prev_grads
         )
 
-    It is **not** the gradient of the step before, on another batch: with that one MVR-1 is the raw
-    gradient, all of its noise included. With one gradient a step there is :func:`mars_momentum`.
+    With all layers in every step, as in :func:`muon`, `layer_mask=None` in the pair, and no mask in
+    `update`. The second gradient is **not** that of the step before, on another batch: with it
+    MVR-1 is the raw gradient, all of its noise included. With one gradient a step there is
+    :func:`mars_momentum`.
 
     ================= ============ ================================================================
     \                 gradients    memory beside the parameters, in copies of them
@@ -86,11 +90,10 @@ def mvr_momentum(
     ================= ============ ================================================================
 
     **When it pays.** It removes the lag of an average, which grows with the steps and with
-    1 / (1 - decay), and adds the noise of the differences. Where samples differ in their curvature,
-    or the steps are short, an average of twice the gradients is better: so it was in the
-    transformer of `benchmarks/momentum.py` at every batch size and decay that was tried. Where the
-    error of M is what matters, MVR-3 with a small q had the smallest (`estimator_error.py`), and
-    the rate K^-⅓ can be seen beside K^-¼ (`convergence_rates.py`).
+    1 / (1 - decay), and adds the noise of the differences. The rate K^-⅓ can be seen beside K^-¼
+    (`benchmarks/convergence_rates.py`), and on a quadratic M is closer to the gradient
+    (`estimator_error.py`). In training a transformer it has not paid: averages with twice the steps
+    or twice the batch ended lower wherever they took part (`momentum.py`).
 
     **Dropped layers** (ours; the papers treat none). A layer that slept since step j has the M of
     step j. Its previous parameters are therefore those of step j, not of step k - 1: its own move
@@ -130,16 +133,18 @@ def mvr_momentum(
         update zero and keeps every bit of its state, a :class:`MVRMomentumState`. It looks at the
         mask itself: inside :func:`per_layer` it would not know how long a layer slept.
 
-        What changes gradients before it must change both alike, by one factor: clip them together,
-        `optax.clip_by_global_norm(1.0).update((grads, prev_params_grads), …)`, outside of the
-        chain. `optax.MultiSteps` averages only the first: average over micro-batches inside the
-        loss. `optax.apply_if_finite` looks at the first only. Gradients in bfloat16 are rounded by
-        0.4 %, which may be more than they differ.
+        What changes gradients before it must change both alike. So nothing stands before it in a
+        chain that does, such as clipping; scale both before `update`, by
+        `factor = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))`. `optax.MultiSteps` averages
+        the first alone: average what :func:`masked_value_and_grad_pair` gives for each micro-batch,
+        and update once. `optax.apply_if_finite` looks at the first alone. Gradients in bfloat16 are
+        rounded by 0.4 %, which may be more than they differ.
 
     Raises:
         TypeError: If `variant` is no Python integer or `dtype` not of floating-point numbers; in
             `update`, without `prev_params_grads`, or with the last step's gradient by its name.
-        ValueError: For numbers out of range, an unknown variant or rule, and a `q` for variant 1;
+        ValueError: For numbers out of range (of schedules the first values), an unknown variant or
+            rule, and a `q` for variant 1;
             in `update`, without `params`, and for gradients of another structure, naming a leaf.
 
     Examples:
@@ -183,6 +188,11 @@ def mvr_momentum(
         updates, state, params=None, *, layer_mask=None, prev_params_grads=None, **extra_args
     ):
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        if not isinstance(state, MVRMomentumState) or not _has_estimator(state, variant):
+            raise TypeError(
+                f"The state given to mvr_momentum is none of variant {variant}: make one with "
+                "tx.init(params), as for a run that goes on with another momentum."
+            )
         if prev_params_grads is None:
             raise TypeError(missing_second_gradient(extra_args))
         prev_grads = restructure_like("prev_params_grads", prev_params_grads, updates)
@@ -267,6 +277,12 @@ def _step(
     return jnp.where(fresh, g, new), jnp.where(fresh, g, estimator)
 
 
+def _has_estimator(state: MVRMomentumState, variant: int) -> bool:
+    """Whether a state has G if and only if the variant has."""
+    num_leaves = 0 if variant == 1 else len(jax.tree.leaves(state.momentum))
+    return len(jax.tree.leaves(state.estimator)) == num_leaves
+
+
 def _check_variant(variant: Any) -> None:
     integer = static_int(
         "variant",
@@ -284,10 +300,10 @@ def _check_q(q: Any, variant: int) -> None:
     if variant == 1:
         raise ValueError("variant 1 has no q: leave it out, or take variant=2 or 3.")
     check_called("q", q)
-    if callable(q):
-        return
-    check_number("q", q)
-    if is_python_number(q) and not 0 < q <= 1:
+    first = first_value(q)
+    check_number("q", first)
+    if is_python_number(first) and not 0 < first <= 1:
         raise ValueError(
-            f"q is the weight of the new gradient in the estimator and must lie in (0, 1], got {q}."
+            "q is the weight of the new gradient in the estimator and must lie in (0, 1], got "
+            f"{first}."
         )

@@ -1,5 +1,7 @@
 """The previous parameters, at which variance reduction takes the second gradient of a batch."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -95,9 +97,9 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         if _accumulates(node) and keeps_prev_params(node.inner_opt_state):
             raise ValueError(
                 "optax.MultiSteps averages the gradients of its micro-batches, and not "
-                "prev_params_grads, of which the optimizer would see the last alone. Average over "
-                "micro-batches inside the loss; or average prev_params_grads yourself, pass the "
-                "mean with the last micro-batch, and read prev_params(state.inner_opt_state, …)."
+                "prev_params_grads, of which the optimizer would see the last alone. Leave it out: "
+                "average both gradients of dm.masked_value_and_grad_pair over the micro-batches, "
+                "and update once."
             )
     found: dict[str, Array] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=_keeps_params):
@@ -109,7 +111,7 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             if key in found:
                 raise ValueError(
                     f"opt_state keeps the previous parameters of '{path}' twice. Give the state of "
-                    "one optimizer; mvr_momentum needs no dm.keep_prev_params() beside it."
+                    "one optimizer, with dm.keep_prev_params() only in chains without mvr_momentum."
                 )
             found[key] = leaf
     leaves, treedef = jax.tree.flatten(params)
@@ -119,7 +121,8 @@ def prev_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             raise ValueError(
                 f"opt_state keeps no previous parameters of '{path}'. "
                 + (
-                    "Put dm.keep_prev_params() first into the chain that steps it."
+                    "Put dm.keep_prev_params() first into the chain that steps it, in muon as "
+                    "auxiliary=optax.chain(dm.keep_prev_params(), optax.scale_by_adam())."
                     if found
                     else "Is there a dm.mvr_momentum in the optimizer, and is this its state?"
                 )

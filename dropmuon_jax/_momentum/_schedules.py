@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from dropmuon_jax._checks import check_decay
 
@@ -12,8 +14,15 @@ from dropmuon_jax._checks import check_decay
 def check_decay_or_schedule(name: str, value: Any) -> None:
     """Error unless a decay is a number in [0, 1), a scalar array or a schedule."""
     check_called(name, value)
+    check_decay(name, first_value(value))
+
+
+def first_value(value: Any) -> Any:
+    """A number as it is, and of a schedule the first one, as a Python number if it is known now."""
     if not callable(value):
-        check_decay(name, value)
+        return value
+    first: Any = value(jnp.zeros((), jnp.int32))
+    return first if isinstance(first, Tracer) or np.ndim(first) else float(first)
 
 
 def check_called(name: str, value: Any) -> None:

@@ -204,8 +204,8 @@ def every_layer(
     """
     transformation = optax.with_extra_args_support(transformation)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        if extra_args.get("layer_mask") is not None:
+    def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
+        if layer_mask is not None:
             raise TypeError(
                 f"{name} updates every layer and takes no layer_mask; use "
                 f"{dropping or f'drop_{name}'}."

@@ -1,5 +1,7 @@
 """Gluon, and Gluon with dropped layers."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import optax

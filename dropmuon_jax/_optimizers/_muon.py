@@ -1,5 +1,7 @@
 """Muon, and Drop-Muon."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Scion, and Scion with dropped layers."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any

@@ -1,5 +1,7 @@
 """Gluon and Muon with variance-reduced momentum, and the step sizes of their theory."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -31,8 +33,8 @@ def gluon_mvr(
     """Gluon-MVR-1, -2 or -3: :func:`gluon` with variance-reduced momentum in every leaf.
 
     `gluon_mvr(dm.mvr_radius(t))` is the form of the theory, for noisy gradients; with radii from
-    the smoothness give `radii`. Each step takes two gradients on its batch: the five lines are in
-    :func:`mvr_momentum`. With dropped layers it is
+    the smoothness give `radii`. Each step takes two gradients on its batch, as in
+    :func:`mvr_momentum`, without masks. With dropped layers it is
     `drop_gluon(…, momentum=dm.mvr_momentum(dm.mvr_decay()))`.
 
     Args:
