@@ -56,7 +56,7 @@ def mvr_momentum(
 
     An average of old gradients lags behind: they were taken at other parameters. MVR moves the
     average along. It takes two gradients on each batch ξ_k, g = ∇f(X_k; ξ_k) and
-    g' = ∇f(X_{k-1}; ξ_k), and adds their difference, which has little noise:
+    g' = ∇f(X_{k-1}; ξ_k), and adds their difference, whose noise shrinks with the step:
 
     .. math::
         \text{MVR-1:}\quad M &\leftarrow g + \text{decay}\,(M - g') \\
