@@ -143,14 +143,6 @@ CASES = {
         promotes=True,
         descends=True,
     ),
-    "drop_muon_mvr": Case(
-        lambda: dm.drop_muon(
-            0.1, LAYERS, dm.uniform_depth(), seed=1, momentum=dm.mvr_momentum(0.8), lmo=LMO
-        ),
-        promotes=True,
-        descends=True,
-        takes_two_gradients=True,
-    ),
     "muon": Case(
         lambda: dm.muon(0.1, lmo=LMO, weight_decay=0.2),
         takes_mask=False,
@@ -169,7 +161,7 @@ CASES = {
     ),
 }
 MASKED = {name: case for name, case in CASES.items() if case.takes_mask}
-REQUIRING_A_MASK = ("layer_mask_sampler", "drop_muon", "drop_muon_mvr", "drop_scion")
+REQUIRING_A_MASK = ("layer_mask_sampler", "drop_muon", "drop_scion")
 REMEMBERING = {name: case for name, case in MASKED.items() if case.has_memory}
 
 

@@ -109,8 +109,10 @@ def test_mars_with_dropped_layers_takes_the_last_gradient_of_each_layers_own_ste
             np.testing.assert_allclose(updates[name], m[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("start", ["gradient", "zero"])
-@pytest.mark.parametrize("on_waking", ["correct", "decay", "restart"])
+@pytest.mark.parametrize(
+    ("on_waking", "start"),
+    [("correct", "gradient"), ("decay", "gradient"), ("restart", "gradient"), ("decay", "zero")],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ten_steps_with_dropped_layers_equal_the_formulas(variant, on_waking, start, x64):
     params = random_tree(0)
@@ -401,7 +403,7 @@ def test_muon_keeps_the_previous_parameters_of_everything_if_its_momentum_does()
 
 # --- Two gradients --------------------------------------------------------------------------------
 
-NUM_LAYERS, WIDTH = 5, 16
+NUM_LAYERS, WIDTH = 4, 16
 
 
 def make_network():
