@@ -9,3 +9,14 @@ def strict_promotion():
     """Nothing is promoted silently. (Optax's Adam promotes, so this is not for every test.)"""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA without most optimizations, for runs so short that compiling takes longer than they do.
+
+    Not where numerics, costs or the compiled program are tested.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

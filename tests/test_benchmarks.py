@@ -20,6 +20,8 @@ from racing import Race, Run
 from settings import LEARNING_RATES, METHODS, Settings, check_settings, learning_rate
 from targets import NEVER, first_reached, median_and_spread, summarise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = ["--max-train", "60", "--batch-size", "20", "--channels", "2", "--epochs", "2"]
 PLOTS = ["accuracy_by_seconds", "accuracy_by_steps", "sampling", "step_time_by_depth"]
 

@@ -15,6 +15,8 @@ from rates_study.runs import NONCONVEX, STAR_CONVEX, gap, gradient_norm, run
 from rates_study.settings import Settings, check_settings
 from rates_study.slopes import fit_slope, horizons, late_average, running_average
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     *("--horizon", "40", "--measure-every", "4", "--num-seeds", "2", "--decades", "1"),
     *("--radii", "0.3", "--powers", "4"),

@@ -15,6 +15,8 @@ from estimator_study.dropped_layers import EMA, RULES, Rule, previous_point
 from estimator_study.report import rank, rules_of, verdict, waking_by_noise
 from estimator_study.settings import PROBLEMS, Settings, check_settings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     *("--problems", "quadratic", "--num-samples", "20", "--batch-size", "2", "--num-steps", "6"),
     *("--radii", "0.01", "--decays", "0.5", "0.9", "--num-seeds", "2", "--layer-steps", "12"),

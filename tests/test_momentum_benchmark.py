@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,6 +19,8 @@ from momentum_study.settings import Settings, check_settings
 from momentum_study.text import Text, draw_starts, even_windows, load_text, split_text
 from momentum_study.training import Run, Study
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Without blocks there are a matrix and leaves of all other kinds, and a third of the compilation.
 NETWORK = {"context": 8, "width": 8, "num_heads": 2, "num_blocks": 0}
 TINY = [
@@ -28,14 +29,6 @@ TINY = [
     *("--learning-rates", "0.01", "0.02", "1e38", "--seeds", "1", "2"),
     *(f"--{name.replace('_', '-')}={value}" for name, value in NETWORK.items()),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The runs are so short that compiling takes longer than training."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from smoothness_study.report import noise_by_leaf, verdict
 from smoothness_study.settings import Settings, check_settings
 from smoothness_study.training import Result, Study
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     *("--max-train", "30", "--batch-size", "10", "--channels", "2", "--num-steps", "4"),
     *("--multipliers", "0.5", "1", "--constant-radii", "0.01", "0.1", "1000", "--seeds", "1", "2"),

@@ -13,6 +13,8 @@ from images import Images
 from racing import Run
 from tune import Grid, Tuning, candidates, check_tuning, hold_out, print_grids
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     *("--max-train", "40", "--num-validation", "20", "--batch-size", "20", "--channels", "2"),
     *("--epochs", "2", "--num-rates", "3", "--methods", "adamw", "--seeds", "7", "8"),
