@@ -10,17 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dropmuon_jax._checks import (
-    check_choice,
-    check_floating,
-    check_number,
-    is_python_number,
-    static_int,
-)
+from dropmuon_jax._checks import check_choice, check_floating, static_int
 from dropmuon_jax._layers import restructure_like
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._momentum._prev_params import PrevParamsState, init_prev_params, remember
-from dropmuon_jax._momentum._schedules import check_called, check_decay_or_schedule, first_value
+from dropmuon_jax._momentum._schedules import check_decay_or_schedule, check_q_or_schedule
 from dropmuon_jax._momentum._second_gradient import missing_second_gradient
 
 Start = Literal["gradient", "zero"]
@@ -167,7 +161,9 @@ def mvr_momentum(
         and Orabona, 2019, arXiv:1905.10018), of which MVR-1 is the estimator.
     """
     _check_variant(variant)
-    _check_q(q, variant)
+    if variant == 1 and q is not None:
+        raise ValueError("variant 1 has no q: leave it out, or take variant=2 or 3.")
+    check_q_or_schedule("q", _DEFAULT_Q if q is None else q)
     check_decay_or_schedule("decay", decay)
     check_choice("start", start, get_args(Start))
     check_choice("on_waking", on_waking, get_args(OnWaking))
@@ -293,18 +289,3 @@ def _check_variant(variant: Any) -> None:
     )
     if integer > 3:
         raise ValueError(f"variant must be 1, 2 or 3, got {variant}.")
-
-
-def _check_q(q: Any, variant: int) -> None:
-    if q is None:
-        return
-    if variant == 1:
-        raise ValueError("variant 1 has no q: leave it out, or take variant=2 or 3.")
-    check_called("q", q)
-    first = first_value(q)
-    check_number("q", first)
-    if is_python_number(first) and not 0 < first <= 1:
-        raise ValueError(
-            "q is the weight of the new gradient in the estimator and must lie in (0, 1], got "
-            f"{first}."
-        )

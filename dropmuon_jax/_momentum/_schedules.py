@@ -8,13 +8,25 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from dropmuon_jax._checks import check_decay
+from dropmuon_jax._checks import check_decay, check_number, is_python_number
 
 
 def check_decay_or_schedule(name: str, value: Any) -> None:
     """Error unless a decay is a number in [0, 1), a scalar array or a schedule."""
     check_called(name, value)
     check_decay(name, first_value(value))
+
+
+def check_q_or_schedule(name: str, value: Any) -> None:
+    """Error unless the weight of a new gradient is a number in (0, 1], an array or a schedule."""
+    check_called(name, value)
+    first = first_value(value)
+    check_number(name, first)
+    if is_python_number(first) and not 0 < first <= 1:
+        raise ValueError(
+            f"{name} is the weight of the new gradient in the estimator and must lie in (0, 1], "
+            f"got {first}."
+        )
 
 
 def first_value(value: Any) -> Any:
