@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from dropmuon_jax._checks import describe, static_int
+from dropmuon_jax._layers._grouping import balanced_cuts
 from dropmuon_jax._layers._paths import leaf_keys, leaf_paths
 
 
@@ -141,7 +142,7 @@ class Layers:
                 f"costs must be {self.num_layers} nonnegative numbers, one for each layer, "
                 f"got {list(costs)}."
             )
-        starts = _balanced_cuts(costs, num_groups)
+        starts = balanced_cuts(costs, num_groups)
         stops = [*starts[1:], self.num_layers]
         group_of_layer = [
             g for g, (i, j) in enumerate(zip(starts, stops, strict=True)) for _ in range(i, j)
@@ -234,26 +235,6 @@ def make_layers(
         leaf_sizes=tuple(math.prod(np.shape(leaf)) for leaf in leaves),
         shared_leaves=tuple(shared_leaves),
     )
-
-
-def _balanced_cuts(costs: Sequence[float], num_groups: int) -> list[int]:
-    """Where each group starts, so that the sum of the squared costs of the groups is smallest."""
-    num_layers = len(costs)
-    prefix = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
-    # best[g][j]: the smallest sum with the first j layers in g groups; start[g][j]: where g starts.
-    best = np.full((num_groups + 1, num_layers + 1), np.inf)
-    start = np.zeros((num_groups + 1, num_layers + 1), dtype=int)
-    best[0, 0] = 0.0
-    for g in range(1, num_groups + 1):
-        for j in range(g, num_layers + 1):
-            candidates = best[g - 1, :j] + (prefix[j] - prefix[:j]) ** 2
-            start[g, j] = np.argmin(candidates)
-            best[g, j] = candidates[start[g, j]]
-    cuts, stop = [], num_layers
-    for g in range(num_groups, 0, -1):
-        stop = int(start[g, stop])
-        cuts.append(stop)
-    return cuts[::-1]
 
 
 def _listing(paths: Sequence[str], limit: int = 8) -> str:
