@@ -6,7 +6,7 @@ from dropmuon_jax._backprop import (
     switch_depth,
 )
 from dropmuon_jax._labels import ROLES, matrix_labels, role_labels, role_table
-from dropmuon_jax._layers import Layers, layers_by_path, trace_layers
+from dropmuon_jax._layers import Layers, layers_by_path, stacked, trace_layers
 from dropmuon_jax._lmo import (
     RadiusState,
     column_lmo,
@@ -98,6 +98,7 @@ from dropmuon_jax._smoothness import (
     plot_smoothness,
     track_smoothness,
 )
+from dropmuon_jax._stacked import scan_layers
 from dropmuon_jax._subtrees import PerLayerState, chain_subtrees, per_layer
 
 __all__ = [
@@ -177,6 +178,7 @@ __all__ = [
     "row_lmo",
     "row_norm",
     "row_sharp",
+    "scan_layers",
     "scion",
     "scion_init",
     "sign_lmo",
@@ -185,6 +187,7 @@ __all__ = [
     "spectral_lmo",
     "spectral_norm",
     "spectral_sharp",
+    "stacked",
     "star_convex_rate",
     "svd_lmo",
     "svd_sharp",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dropmuon_jax._checks import describe
 from dropmuon_jax._layers import restructure_like
-from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._masks import is_static, resolve_whole_mask, where_active
 from dropmuon_jax._sampling import LayerMaskSampler
 
 _MISSING = object()
@@ -50,7 +50,8 @@ def masked_value_and_grad(
     def value_and_grad(params: Any, *args: Any, layer_mask: Any = _MISSING, **kwargs: Any):
         layer_mask = _required_mask(layer_mask, params)
         leaves, treedef = jax.tree.flatten(params)
-        active = treedef.flatten_up_to(layer_mask)
+        flags = treedef.flatten_up_to(layer_mask)
+        active = [not is_static(flag) or flag for flag in flags]
 
         def loss_of_active(active_leaves):
             chosen = iter(active_leaves)
@@ -61,8 +62,8 @@ def masked_value_and_grad(
         value, active_grads = jax.value_and_grad(loss_of_active, has_aux=has_aux)(active_leaves)
         chosen = iter(active_grads)
         grads = [
-            next(chosen) if on else jnp.zeros_like(leaf)
-            for on, leaf in zip(active, leaves, strict=True)
+            _of_active_rows(flag, next(chosen)) if on else jnp.zeros_like(leaf)
+            for on, flag, leaf in zip(active, flags, leaves, strict=True)
         ]
         return value, treedef.unflatten(grads)
 
@@ -117,24 +118,26 @@ def masked_value_and_grad_pair(
         prev_params = restructure_like(
             "prev_params", prev_params, params, reference_name="parameters"
         )
-        previous = jax.tree.map(
-            lambda active, old, now: old.astype(now.dtype) if active else now,
-            layer_mask,
-            prev_params,
-            params,
-        )
-        if not stacked or not any(jax.tree.leaves(layer_mask)):
+
+        def point(flag: Any, old: Any, now: Any) -> Any:
+            if not is_static(flag):
+                return where_active(flag, old.astype(now.dtype), now)
+            return old.astype(now.dtype) if flag else now
+
+        previous = jax.tree.map(point, layer_mask, prev_params, params)
+        both_points = jax.tree.map(lambda flag: not is_static(flag) or flag, layer_mask)
+        if not stacked or not any(jax.tree.leaves(both_points)):
             value, grads = single(params, *args, layer_mask=layer_mask, **kwargs)
             _, prev_grads = single(previous, *args, layer_mask=layer_mask, **kwargs)
             return value, (grads, prev_grads)
 
         both = jax.tree.map(
             lambda active, now, old: jnp.stack([now, old]) if active else now,
-            layer_mask,
+            both_points,
             params,
             previous,
         )
-        axes = jax.tree.map(lambda active: 0 if active else None, layer_mask)
+        axes = jax.tree.map(lambda active: 0 if active else None, both_points)
         value, grads = jax.vmap(
             lambda point: single(point, *args, layer_mask=layer_mask, **kwargs), in_axes=(axes,)
         )(both)
@@ -154,7 +157,11 @@ def _required_mask(layer_mask: Any, params: Any) -> Any:
             "The keyword argument 'layer_mask' is missing. Pass layer_mask=layers.mask(depth), or "
             "layer_mask=None for all layers."
         )
-    return resolve_mask(layer_mask, params, {})
+    return resolve_whole_mask(layer_mask, params, {})
+
+
+def _of_active_rows(flag: Any, grad: jax.Array) -> jax.Array:
+    return grad if is_static(flag) else where_active(flag, grad, 0)
 
 
 def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:

@@ -100,6 +100,14 @@ def static_int(name: str, value: Any, *, minimum: int, hint: str = "") -> int:
     return integer
 
 
+def check_index(name: str, value: jax.Array) -> None:
+    """Error unless an array is one integer."""
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be one integer, got an array of {value.dtype.name}{list(value.shape)}."
+        )
+
+
 def check_transformation(name: str, value: Any) -> None:
     """Error unless a value is an Optax transformation: a pair of `init` and `update`."""
     if not isinstance(value, optax.GradientTransformation):

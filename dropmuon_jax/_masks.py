@@ -1,4 +1,8 @@
-"""Layer masks: trees of Python booleans, True where a leaf is active."""
+"""Layer masks: trees of booleans, True where a leaf is active.
+
+Of leaves that are stacked layers, a vector of booleans with an entry for each row. Python and NumPy
+booleans are static; arrays of JAX, of shape () or (rows,), are not, and go with stacks only.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,43 +10,85 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dropmuon_jax._checks import check_extra_args
 from dropmuon_jax._layers import CUT_TO_THE_SUBTREE, leaf_keys, leaf_paths, masked_paths
 
 
-def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> Any:
+def resolve_mask(
+    layer_mask: Any, tree: Any, extra_args: Mapping[str, Any], *, takes_rows: bool = False
+) -> Any:
     """The checked layer mask of a tree; without one, every leaf is active.
 
     Args:
         layer_mask: The mask, or None.
         tree: What it is for.
         extra_args: The further arguments of `update`, among which may be a misspelt mask.
+        takes_rows: Whether leaves of the mask may be vectors over rows, and arrays.
 
     Raises:
-        TypeError: If a leaf of the mask is not a Python boolean, naming it.
-        ValueError: If the mask has not the structure of the tree, naming a leaf where they differ.
+        TypeError: If a leaf of the mask is no boolean, naming it; or is an array in a mask without
+            stacks; or has rows, or is an array, and `takes_rows` is false.
+        ValueError: If the mask has not the structure of the tree, or a vector not the length of its
+            leaf, naming a leaf where they differ.
     """
     if layer_mask is None:
         check_extra_args(extra_args)
         return jax.tree.map(lambda _: True, tree)
-    flags = jax.tree.leaves(layer_mask)
-    for path, leaf in zip(leaf_paths(layer_mask), flags, strict=True):
-        if isinstance(leaf, jax.Array):
-            raise TypeError(
-                f"layer_mask is an array at '{path}'. A traced or device mask cannot skip work: "
-                "build it from a static depth, layers.mask(depth) with "
-                "jax.jit(step, static_argnames='depth'), or use dm.switch_depth on the device."
-            )
-        if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(
-                f"layer_mask must have Python booleans as leaves, got {leaf!r} at '{path}'. "
-                "Make it with layers.mask(depth) or layers.subset(active)."
-            )
+    resolved = _with_structure(layer_mask, tree)
+    flags = jax.tree.leaves(resolved)
+    has_rows = any(np.ndim(flag) == 1 for flag in flags)
+    for path, flag, leaf in zip(leaf_paths(tree), flags, jax.tree.leaves(tree), strict=True):
+        _check_flag(path, flag, leaf, has_rows=has_rows, takes_rows=takes_rows)
+    return resolved
+
+
+def resolve_whole_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> Any:
+    """As :func:`resolve_mask`, of a whole network: rows or arrays only if it has stacks."""
+    resolved = resolve_mask(layer_mask, tree, extra_args, takes_rows=True)
+    if not any(np.ndim(flag) for flag in jax.tree.leaves(resolved)):
+        resolve_mask(resolved, tree, {})
+    return resolved
+
+
+def _check_flag(path: str, flag: Any, leaf: Any, *, has_rows: bool, takes_rows: bool) -> None:
+    """Error unless a leaf of a mask is a boolean, or of the right shape and in the right place."""
+    if isinstance(flag, bool | np.bool_):
+        return
+    is_vector = isinstance(flag, np.ndarray) and flag.ndim == 1
+    if not (isinstance(flag, jax.Array) or is_vector) or flag.dtype != bool:
+        raise TypeError(
+            f"layer_mask must have Python booleans as leaves, got {flag!r} at '{path}'. "
+            "Make it with layers.mask(depth) or layers.subset(active)."
+        )
+    if not takes_rows and not has_rows:
+        raise TypeError(
+            f"layer_mask is an array at '{path}'. A traced or device mask cannot skip work: "
+            "build it from a static depth, layers.mask(depth) with "
+            "jax.jit(step, static_argnames='depth'), or use dm.switch_depth on the device. (With "
+            "stacked layers, run by dm.scan_layers, it can, inside dm.per_layer.)"
+        )
+    if not takes_rows:
+        raise TypeError(
+            f"layer_mask tells the rows of the stack '{path}' apart, which this transformation "
+            "does not. Put the whole chain into dm.per_layer(…, layers, takes_mask=True), which "
+            "runs it on the layers of a stack one by one."
+        )
+    if flag.shape != () and flag.shape != np.shape(leaf)[:1]:
+        raise ValueError(
+            f"layer_mask has shape {flag.shape} at '{path}', and the leaf {np.shape(leaf)}: one "
+            "boolean for each row. Make it with layers.mask(depth), of layers made from these "
+            "parameters."
+        )
+
+
+def _with_structure(layer_mask: Any, tree: Any) -> Any:
+    """The mask in the containers of the tree."""
     if jax.tree.structure(layer_mask) == jax.tree.structure(tree):
         return layer_mask
     if leaf_keys(layer_mask) == leaf_keys(tree):  # the same leaves in other containers, as in NNX
-        return jax.tree.unflatten(jax.tree.structure(tree), flags)
+        return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(layer_mask))
     if jax.tree.structure(layer_mask).num_leaves == 1 and isinstance(layer_mask, bool):
         raise TypeError(
             f"layer_mask must be a tree of booleans, got {layer_mask}. Make it with "
@@ -63,6 +109,17 @@ def resolve_mask(layer_mask: Any, tree: Any, extra_args: Mapping[str, Any]) -> A
     raise ValueError(
         f"layer_mask has another structure than the updates or parameters: {difference}. {way_out}"
     )
+
+
+def is_static(flag: Any) -> bool:
+    """Whether a leaf of a mask is known now, and the same for the whole leaf of the tree."""
+    return isinstance(flag, bool | np.bool_)
+
+
+def where_active(flag: Any, leaf: Array, otherwise: Any) -> Array:
+    """The active rows of a leaf, of a mask's leaf that is no Python boolean; else another value."""
+    flag = jnp.reshape(flag, np.shape(flag) + (1,) * (leaf.ndim - np.ndim(flag)))
+    return jnp.where(flag, leaf, jnp.asarray(otherwise, leaf.dtype))
 
 
 def map_active(function: Callable[..., Any], layer_mask: Any, updates: Any, *rest: Any) -> Any:

@@ -1608,7 +1608,7 @@ OPTIMIZER_ERRORS = [
         "mask_that_splits_a_layer",
         lambda: updated(dm.per_layer(optax.sgd(0.1), LAYERS), layer_mask=mask_that_splits("mid")),
         ValueError,
-        "layer_mask is True at 'mid/kernel' and False at another leaf of layer 1",
+        "layer_mask is True at 'mid/kernel' and False at another leaf of layer mid",
         "layers.mask or layers.subset",
     ),
     error(

@@ -1,8 +1,8 @@
 """Layers: groups of leaves, ordered from the input to the output."""
 
-from dropmuon_jax._layers._by_path import layers_by_path
+from dropmuon_jax._layers._by_path import StackedPatterns, layers_by_path, stacked
 from dropmuon_jax._layers._by_trace import trace_layers
-from dropmuon_jax._layers._layers import Layers, check_layers
+from dropmuon_jax._layers._layers import Layers, Stack, check_layers
 from dropmuon_jax._layers._paths import (
     CUT_TO_THE_SUBTREE,
     leaf_keys,
@@ -15,6 +15,8 @@ from dropmuon_jax._layers._patterns import match_leaves
 __all__ = [
     "CUT_TO_THE_SUBTREE",
     "Layers",
+    "Stack",
+    "StackedPatterns",
     "check_layers",
     "layers_by_path",
     "leaf_keys",
@@ -22,5 +24,6 @@ __all__ = [
     "masked_paths",
     "match_leaves",
     "restructure_like",
+    "stacked",
     "trace_layers",
 ]

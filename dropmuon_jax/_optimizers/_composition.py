@@ -19,7 +19,7 @@ from dropmuon_jax._checks import (
     did_you_mean,
 )
 from dropmuon_jax._labels import ROLES, role_labels
-from dropmuon_jax._layers import leaf_paths, match_leaves
+from dropmuon_jax._layers import Layers, leaf_paths, match_leaves
 from dropmuon_jax._lmo import norm_lmo
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._norms import Norm, column_norm, rms_norm, sign_norm, spectral_norm
@@ -33,7 +33,7 @@ from dropmuon_jax._radii import (
     mvr_radius,
     star_convex_rate,
 )
-from dropmuon_jax._subtrees import chain_subtrees
+from dropmuon_jax._subtrees import chain_subtrees, per_layer
 
 # Scion's norms (Pethick et al., 2025, arXiv:2502.07529) by role.
 ROLE_NORMS: Mapping[str, Norm] = MappingProxyType(
@@ -61,12 +61,14 @@ def role_subtrees(
     roles: Mapping[str, str] | None,
     has_head: bool,
     dimension_numbers: DimensionNumbers | None,
-    drops_layers: bool,
+    layers: Layers | None,
 ) -> optax.GradientTransformationExtraArgs:
     """A chain for each role: momentum, LMO, the pull to 0 of a constrained step, learning rate.
 
-    Where layers are dropped, a sampler comes behind, which sets the updates of inactive ones to 0.
+    With `layers`, some are dropped, and a sampler comes behind, which sets the updates of inactive
+    ones to 0.
     """
+    drops_layers = layers is not None
     check_rate("learning_rate", learning_rate)
     check_role_radii(radii)
     if constrained:
@@ -87,6 +89,7 @@ def role_subtrees(
     toward_zero = [optax.add_decayed_weights(1.0)] if constrained else []
 
     def labels(params: optax.Params) -> Any:
+        params = params if layers is None else layers.row_shapes(params)
         for pattern, role in (roles or {}).items() if isinstance(roles, Mapping | None) else ():
             if isinstance(role, str) and role not in directions:
                 raise ValueError(
@@ -113,7 +116,8 @@ def role_subtrees(
     subtrees = chain_subtrees(
         {
             role: optax.chain(
-                momentum, lmo, *toward_zero, optax.scale_by_learning_rate(learning_rate)
+                row_by_row(optax.chain(momentum, lmo, *toward_zero), layers),
+                optax.scale_by_learning_rate(learning_rate),
             )
             for role, lmo in directions.items()
         },
@@ -129,6 +133,15 @@ def role_subtrees(
         return subtrees.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(subtrees.init, update_fn)
+
+
+def row_by_row(
+    transformation: optax.GradientTransformation, layers: Layers | None
+) -> optax.GradientTransformation:
+    """Layer by layer where layers are stacked; else as it is, all matrices of a shape at once."""
+    if layers is None or not layers.stacks:
+        return transformation
+    return per_layer(transformation, layers, takes_mask=True)
 
 
 def role_numbers(role: str, numbers: DimensionNumbers | None) -> DimensionNumbers | None:

@@ -82,7 +82,7 @@ def gluon(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        drops_layers=False,
+        layers=None,
     )
     return every_layer("gluon", subtrees)
 
@@ -150,6 +150,6 @@ def drop_gluon(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        drops_layers=True,
+        layers=layers,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))

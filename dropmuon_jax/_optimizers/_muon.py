@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,12 @@ from dropmuon_jax._layers import Layers
 from dropmuon_jax._lmo import newton_schulz_lmo
 from dropmuon_jax._momentum import keep_prev_params, keeps_prev_params
 from dropmuon_jax._momentum import momentum as _momentum
-from dropmuon_jax._optimizers._composition import check_direction, check_rate, every_layer
+from dropmuon_jax._optimizers._composition import (
+    check_direction,
+    check_rate,
+    every_layer,
+    row_by_row,
+)
 from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
 from dropmuon_jax._subtrees import chain_subtrees, per_layer
 
@@ -101,8 +107,7 @@ def drop_muon(
         auxiliary=auxiliary,
         auxiliary_learning_rate=auxiliary_learning_rate,
         labels=labels,
-        freeze=lambda inner: per_layer(inner, layers),
-        drops_layers=True,
+        layers=layers,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))
 
@@ -163,8 +168,7 @@ def muon(
         auxiliary=auxiliary,
         auxiliary_learning_rate=auxiliary_learning_rate,
         labels=labels,
-        freeze=optax.with_extra_args_support,
-        drops_layers=False,
+        layers=None,
     )
     return every_layer("muon", subtrees)
 
@@ -178,14 +182,13 @@ def _muon_subtrees(
     auxiliary: optax.GradientTransformation | None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None,
     labels: Any | Callable[[Any], Any] | None,
-    freeze: Callable[[optax.GradientTransformation], optax.GradientTransformation],
-    drops_layers: bool,
+    layers: Layers | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of the matrices and the chain of everything else."""
     for name, given in (("momentum", momentum), ("lmo", lmo), ("auxiliary", auxiliary)):
         if given is not None:
             # The auxiliary optimizer is frozen layer by layer.
-            check_direction(name, given, drops_layers=drops_layers and name != "auxiliary")
+            check_direction(name, given, drops_layers=layers is not None and name != "auxiliary")
     if auxiliary_learning_rate is None:
         auxiliary_learning_rate = learning_rate
     for name, rate in (
@@ -196,24 +199,35 @@ def _muon_subtrees(
     check_nonnegative("weight_decay", weight_decay)
     no_decay = is_python_number(weight_decay) and weight_decay == 0
 
+    labels = matrix_labels if labels is None else labels
     if momentum is None:
         momentum = _momentum(decay=0.9)
     if auxiliary is None:
         auxiliary = optax.scale_by_adam()
     lacks_prev_params = _keeps_prev_params(momentum) and not _keeps_prev_params(auxiliary)
-    matrices = optax.chain(
-        momentum,
-        newton_schulz_lmo(shape_factor="muon") if lmo is None else lmo,
-        *([] if no_decay else [freeze(optax.add_decayed_weights(weight_decay))]),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    others = optax.chain(
-        *([keep_prev_params()] if lacks_prev_params else []),
-        freeze(auxiliary),
-        optax.scale_by_learning_rate(auxiliary_learning_rate),
-    )
+    freeze = optax.with_extra_args_support if layers is None else partial(per_layer, layers=layers)
+    decay = [] if no_decay else [optax.add_decayed_weights(weight_decay)]
+    direction = [momentum, newton_schulz_lmo(shape_factor="muon") if lmo is None else lmo]
+    if layers is not None and layers.stacks:
+        direction = [row_by_row(optax.chain(*direction, *decay), layers)]
+    else:
+        direction += map(freeze, decay)
+    others = [row_by_row(keep_prev_params(), layers)] if lacks_prev_params else []
+
+    def labels_of_rows(params: optax.Params) -> Any:
+        shapes = params if layers is None else layers.row_shapes(params)
+        return labels(shapes) if callable(labels) else labels
+
     return chain_subtrees(
-        {"matrix": matrices, "other": others}, matrix_labels if labels is None else labels
+        {
+            "matrix": optax.chain(*direction, optax.scale_by_learning_rate(learning_rate)),
+            "other": optax.chain(
+                *others,
+                freeze(auxiliary),
+                optax.scale_by_learning_rate(auxiliary_learning_rate),
+            ),
+        },
+        labels_of_rows,
     )
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -15,6 +16,7 @@ from dropmuon_jax._labels import role_labels
 from dropmuon_jax._layers import Layers, leaf_paths
 from dropmuon_jax._matrices import DimensionNumbers
 from dropmuon_jax._momentum import momentum as _momentum
+from dropmuon_jax._norms import Norm
 from dropmuon_jax._optimizers._composition import (
     ROLE_NORMS,
     check_role_numbers,
@@ -132,7 +134,7 @@ def scion(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        drops_layers=False,
+        layers=None,
     )
     return every_layer("scion", subtrees)
 
@@ -145,6 +147,7 @@ def scion_init(
     roles: Mapping[str, str] | None = None,
     has_head: bool = True,
     dimension_numbers: DimensionNumbers | None = None,
+    layers: Layers | None = None,
 ) -> Any:
     """Random parameters on the boundary of the balls of :func:`scion`, where it may start.
 
@@ -161,6 +164,7 @@ def scion_init(
         roles: As in :func:`scion`.
         has_head: Likewise.
         dimension_numbers: Likewise.
+        layers: Needed where layers are stacked: each row is then drawn for itself.
 
     Returns:
         A tree like `params`.
@@ -179,7 +183,8 @@ def scion_init(
         Pethick et al., 2025, arXiv:2502.07529, and its repository.
     """
     check_role_radii(radii)
-    labels = role_labels(params, roles, has_head=has_head)
+    rows = params if layers is None else layers.row_shapes(params)
+    labels = role_labels(rows, roles, has_head=has_head)
     check_role_numbers(labels, dimension_numbers)
     for path, role in zip(leaf_paths(params), jax.tree.leaves(labels), strict=True):
         if role in ROLE_NORMS and role not in radii:
@@ -189,7 +194,7 @@ def scion_init(
     for role, role_key in zip(ROLE_NORMS, jax.random.split(key, len(ROLE_NORMS)), strict=True):
         if role not in radii or role == "bias":
             continue
-        norm, subtree = ROLE_NORMS[role], _cut(drawn, labels, role)
+        norm, subtree = ROLE_NORMS[role], _cut(rows, labels, role)
         leaf_radius: list[Any] = leaf_radii(f"radii[{role!r}]", radii[role], subtree)
         for radius in leaf_radius:
             if callable(radius) or isinstance(radius, AdaptiveRadius):
@@ -198,12 +203,12 @@ def scion_init(
                     f"{describe(radius)}; of a schedule give the first value."
                 )
         all_axes = norm.axes(subtree, role_numbers(role, dimension_numbers))
-        leaves, treedef = jax.tree.flatten(subtree)
+        leaves, treedef = jax.tree.flatten(_cut(drawn, labels, role))
         keys = jax.random.split(role_key, len(leaves))
         new = [
-            (radius * norm.init_leaf(leaf_key, leaf, axes)).astype(leaf.dtype)
-            for radius, leaf_key, leaf, axes in zip(
-                leaf_radius, keys, leaves, all_axes, strict=True
+            (radius * _init_leaf(norm, leaf_key, leaf, axes, of_row)).astype(leaf.dtype)
+            for radius, leaf_key, leaf, axes, of_row in zip(
+                leaf_radius, keys, leaves, all_axes, jax.tree.leaves(subtree), strict=True
             )
         ]
         drawn = jax.tree.map(
@@ -213,6 +218,14 @@ def scion_init(
             treedef.unflatten(new),
         )
     return drawn
+
+
+def _init_leaf(norm: Norm, key: PRNGKeyArray, leaf: Any, axes: Any, row: Any) -> jax.Array:
+    """A draw for the leaf, or for each row of it if it is stacked."""
+    if np.shape(leaf) == row.shape:
+        return norm.init_leaf(key, leaf, axes)
+    keys = jax.random.split(key, len(leaf))
+    return jax.vmap(lambda key, x: norm.init_leaf(key, x, axes))(keys, leaf)
 
 
 def _cut(tree: Any, labels: Any, role: str) -> Any:
@@ -285,6 +298,6 @@ def drop_scion(
         roles=roles,
         has_head=has_head,
         dimension_numbers=dimension_numbers,
-        drops_layers=True,
+        layers=layers,
     )
     return sampler.attach_to(optax.chain(subtrees, sampler))

@@ -16,7 +16,7 @@ from dropmuon_jax._checks import (
     static_int,
 )
 from dropmuon_jax._layers import Layers, check_layers
-from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._masks import is_static, resolve_mask, where_active
 from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
 from dropmuon_jax._sampling._draws import draw_index
 
@@ -214,7 +214,7 @@ def layer_mask_sampler(
     _check_distribution(depth_distribution, layers)
 
     def init_fn(params: optax.Params) -> LayerMaskSamplerState:
-        layers.depths_of(params)  # an error if a leaf is in no layer
+        layers.units_of(params)  # an error if a leaf is in no layer
         return LayerMaskSamplerState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
@@ -225,13 +225,15 @@ def layer_mask_sampler(
                 "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
                 "gradients were taken with: layer_mask=layers.mask(depth)."
             )
-        layer_mask = resolve_mask(layer_mask, updates, extra_args)
+        layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=bool(layers.stacks))
+
         # p + (-0.0) is p, bit for bit; p + 0.0 is not for a p of -0.0.
-        updates = jax.tree.map(
-            lambda active, update: update if active else jnp.full_like(update, -0.0),
-            layer_mask,
-            updates,
-        )
+        def let_through(flag: Any, update: Array) -> Array:
+            if not is_static(flag):
+                return where_active(flag, update, -0.0)
+            return update if flag else jnp.full_like(update, -0.0)
+
+        updates = jax.tree.map(let_through, layer_mask, updates)
         return updates, LayerMaskSamplerState(jnp.asarray(optax.safe_increment(state.count)))
 
     return _make_sampler(init_fn, update_fn, layers, depth_distribution, seed)

@@ -1,0 +1,95 @@
+"""The layers of a stack, one by one: a loop over the rows that are active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from dropmuon_jax._layers import leaf_paths
+
+Rows = Bool[np.ndarray, " rows"] | Bool[Array, " rows"]
+
+
+def update_rows(
+    update: Callable[..., tuple[Any, Any]],
+    arguments: Any,
+    state: Any,
+    active: Rows,
+    *,
+    tells: bool,
+) -> tuple[Any, Any]:
+    """The updates and the new state of a stack; of inactive rows zero, and the old one.
+
+    Args:
+        update: From a row of arguments and of state, and the keyword `awake`, to a row of updates
+            and of state.
+        arguments: A tree of arrays with a leading axis of rows.
+        state: Likewise.
+        active: Which rows are; of NumPy they are known now, of JAX the loop's length is not.
+        tells: Whether `update` is called for the others too, with `awake` False, for what in their
+            state goes on all the same: counts.
+    """
+    old, treedef = jax.tree.flatten(state)
+    rested = [None] * len(old)
+    if tells and not (isinstance(active, np.ndarray) and active.all()):
+        rested = _rest(update, arguments, state)
+    shapes, _ = jax.eval_shape(lambda tree: update(*tree, awake=True), _row((arguments, state), 0))
+    updates = jax.tree.map(lambda x: jnp.zeros((len(active), *x.shape), x.dtype), shapes)
+    if isinstance(active, np.ndarray):
+        order, count = jnp.asarray(np.flatnonzero(active), jnp.int32), int(active.sum())
+    else:
+        order, count = jnp.nonzero(active, size=len(active))[0], jnp.sum(active)
+
+    def turn(j: Array, carry: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
+        updates, new = carry
+        i = order[j]
+        # A row of what only this loop writes is still the old one.
+        before = [_row(n if r is None else o, i) for n, r, o in zip(new, rested, old, strict=True)]
+        row, after = update(_row(arguments, i), treedef.unflatten(before), awake=True)
+        _check_dtypes(state, after)
+        return _write(updates, row, i), _write(new, jax.tree.leaves(after), i)
+
+    start = [o if r is None else r for o, r in zip(old, rested, strict=True)]
+    if not isinstance(count, int) or count > 0:
+        updates, start = jax.lax.fori_loop(0, count, turn, (updates, start))
+    return updates, treedef.unflatten(start)
+
+
+def _rest(update: Callable[..., tuple[Any, Any]], arguments: Any, state: Any) -> list[Any]:
+    """The leaves of the state that change in rows at rest; None for the others."""
+    changed: list[bool] = []
+
+    def rest(arguments: Any, state: Any) -> list[Array]:
+        old, new = jax.tree.leaves(state), jax.tree.leaves(update(arguments, state, awake=False)[1])
+        changed[:] = [n is not o for n, o in zip(new, old, strict=True)]
+        return [n for n, is_new in zip(new, changed, strict=True) if is_new]
+
+    moved = iter(jax.vmap(rest)(arguments, state))
+    return [next(moved) if is_new else None for is_new in changed]
+
+
+def _row(tree: Any, i: Array | int) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _write(tree: Any, row: Any, i: Array) -> Any:
+    return jax.tree.map(
+        lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, axis=0), tree, row
+    )
+
+
+def _check_dtypes(old: Any, new: Any) -> None:
+    """Error for a state whose dtypes a loop could not carry."""
+    leaves = zip(leaf_paths(old), *map(jax.tree.leaves, (old, new)), strict=True)
+    for path, before, after in leaves:
+        if before.dtype != after.dtype:
+            raise TypeError(
+                f"inner changes the dtype of its state '{path}' from {before.dtype.name} to "
+                f"{after.dtype.name}, which a loop over stacked layers cannot carry. Give the "
+                "transformation its dtype, such as mu_dtype, or gradients that of the parameters."
+            )
