@@ -1630,6 +1630,245 @@ OPTIMIZER_ERRORS = [
     ),
 ]
 
+STACK = {"embed": jnp.ones((3, 4)), "blocks": {"w": jnp.ones((5, 4, 4)), "b": jnp.ones((5, 4))}}
+STACK_LAYERS = dm.layers_by_path(STACK, ["embed", dm.stacked("blocks")])
+
+
+def stack_layers(*patterns: Any, params: Any = STACK) -> Any:
+    return dm.layers_by_path(params, patterns)
+
+
+def scan(xs: Any = STACK["blocks"], f: Any = None, init: Any = None, depth: Any = 0) -> Any:
+    def layer(carry, row):
+        return carry @ row["w"], None
+
+    return dm.scan_layers(f or layer, jnp.ones(4) if init is None else init, xs, depth=depth)
+
+
+STACK_ERRORS = [
+    error(
+        "stack_of_unequal_sizes",
+        lambda: stack_layers(
+            dm.stacked("*"), params={"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}
+        ),
+        ValueError,
+        "The leaves of the stack '*' need a leading axis of one size",
+        "'a' has shape (3, 2), and 'b' (4, 2)",
+    ),
+    error(
+        "stack_with_a_scalar",
+        lambda: stack_layers(dm.stacked("*"), params={"a": jnp.ones((3, 2)), "b": jnp.ones(())}),
+        ValueError,
+        "'a' has shape (3, 2), and 'b' ()",
+        "A leaf that is not stacked belongs to a layer of its own",
+    ),
+    error(
+        "stack_of_an_empty_axis",
+        lambda: stack_layers(dm.stacked("*"), params={"a": jnp.ones((0, 2))}),
+        ValueError,
+        "need a leading axis of one size, a row for each layer",
+    ),
+    error(
+        "stack_misspelt",
+        lambda: stack_layers("embed", dm.stacked("block")),
+        ValueError,
+        "Pattern 'block' matches no leaf. Did you mean 'blocks'?",
+    ),
+    error("stack_without_patterns", lambda: dm.stacked(), TypeError, "nonempty string patterns"),
+    error("stack_of_a_number", lambda: dm.stacked(3), TypeError, "nonempty string patterns"),
+    error(
+        "stack_as_the_patterns",
+        lambda: dm.layers_by_path(STACK, dm.stacked("blocks")),
+        TypeError,
+        "patterns must be a sequence with a pattern for each layer",
+    ),
+    error(
+        "depth_of_a_stack_unknown",
+        lambda: STACK_LAYERS.stack_depth(1, "block"),
+        ValueError,
+        "stack must be one of ['blocks'], got 'block'",
+        "Did you mean 'blocks'?",
+    ),
+    error(
+        "depth_of_one_of_several_stacks",
+        lambda: stack_layers(
+            dm.stacked("a"), dm.stacked("b"), params={"a": jnp.ones((2, 1)), "b": jnp.ones((2, 1))}
+        ).stack_depth(1),
+        ValueError,
+        "There are several stacks, ['a', 'b']: say which, stack='a'",
+    ),
+    error(
+        "depth_of_no_stack",
+        lambda: LAYERS.stack_depth(1),
+        ValueError,
+        "stack_depth needs stacked layers, and there are none",
+        "dm.stacked",
+    ),
+    error(
+        "depth_of_a_stack_out_of_range",
+        lambda: STACK_LAYERS.stack_depth(6),
+        ValueError,
+        "depth must be at most 5, with 6 layers, got 6",
+    ),
+    error(
+        "depth_of_a_mask_is_a_float",
+        lambda: STACK_LAYERS.mask(jnp.ones(())),
+        TypeError,
+        "depth must be one integer, got an array of float32[]",
+    ),
+    error(
+        "depth_of_a_mask_is_a_vector",
+        lambda: traced(STACK_LAYERS.mask, jnp.arange(2)),
+        TypeError,
+        "depth must be one integer, got an array of int32[2]",
+    ),
+    error(
+        "mask_of_another_stack",
+        lambda: updated(
+            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
+            STACK,
+            layer_mask={"embed": True, "blocks": {"w": np.ones(4, bool), "b": np.ones(4, bool)}},
+        ),
+        ValueError,
+        "layer_mask has shape (4,) at 'blocks/b', and the leaf (5, 4)",
+        "one boolean for each row",
+    ),
+    error(
+        "mask_of_numbers_for_rows",
+        lambda: updated(
+            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
+            STACK,
+            layer_mask={"embed": True, "blocks": {"w": np.ones(5), "b": np.ones(5)}},
+        ),
+        TypeError,
+        "layer_mask must have Python booleans as leaves",
+        "'blocks/b'",
+    ),
+    error(
+        "mask_of_rows_that_splits_a_layer",
+        lambda: updated(
+            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
+            STACK,
+            layer_mask={"embed": True, "blocks": {"w": np.arange(5) > 1, "b": np.arange(5) > 2}},
+        ),
+        ValueError,
+        "at 'blocks/w'",
+        "another leaf of layer blocks",
+    ),
+    error(
+        "mask_of_rows_for_layers_without_stacks",
+        lambda: updated(
+            dm.per_layer(optax.sgd(0.1), dm.layers_by_path(STACK, ["embed", "blocks"])),
+            STACK,
+            layer_mask=STACK_LAYERS.mask(3),
+        ),
+        TypeError,
+        "layer_mask tells the rows of the stack 'blocks/b' apart",
+        "dm.per_layer(…, layers, takes_mask=True)",
+    ),
+    *(
+        error(
+            f"mask_of_rows_in_{name}",
+            lambda tx=tx: updated(
+                tx, {"w": jnp.ones((3, 2, 2))}, layer_mask={"w": np.arange(3) > 1}
+            ),
+            TypeError,
+            "layer_mask tells the rows of the stack 'w' apart, which this transformation does not",
+            "dm.per_layer(…, layers, takes_mask=True)",
+        )
+        for name, tx in (
+            ("momentum", dm.momentum()),
+            ("mvr_momentum", dm.mvr_momentum()),
+            ("mars_momentum", dm.mars_momentum()),
+            ("keep_prev_params", dm.keep_prev_params()),
+            ("an_lmo", dm.newton_schulz_lmo(dimension_numbers=spec(1, 2))),
+        )
+    ),
+    error(
+        "state_that_changes_its_dtype",
+        lambda: updated(
+            dm.per_layer(
+                optax.GradientTransformation(
+                    lambda params: jnp.zeros(()),
+                    lambda updates, state, params=None: (updates, state.astype(jnp.bfloat16)),
+                ),
+                STACK_LAYERS,
+            ),
+            STACK,
+        ),
+        TypeError,
+        "inner changes the dtype of its state '' from float32 to bfloat16",
+        "mu_dtype",
+    ),
+    error(
+        "scan_of_nothing",
+        lambda: scan(xs={}),
+        ValueError,
+        "xs has no leaves: give the stacked parameters",
+    ),
+    error(
+        "scan_of_unequal_sizes",
+        lambda: scan(xs={"w": jnp.ones((5, 4, 4)), "key": jnp.ones(4)}),
+        ValueError,
+        "The leaves of xs must agree in their leading size",
+        "'key' has shape (4,), and 'w' (5, 4, 4)",
+    ),
+    error(
+        "scan_of_a_scalar",
+        lambda: scan(xs={"w": jnp.ones((5, 4, 4)), "temperature": 1.0}),
+        ValueError,
+        "Leaf 'temperature' of xs is a scalar",
+        "f can close over",
+    ),
+    error("scan_below_0", lambda: scan(depth=-1), ValueError, "depth must be at least 0, got -1"),
+    error(
+        "scan_beyond_the_last_layer",
+        lambda: scan(depth=6),
+        ValueError,
+        "depth must be at most 5, the number of layers in xs, got 6",
+        "layers.stack_depth",
+    ),
+    error(
+        "scan_to_a_fraction", lambda: scan(depth=0.5), TypeError, "depth must be a Python integer"
+    ),
+    error("scan_to_a_truth_value", lambda: scan(depth=True), TypeError, "got a truth value"),
+    error(
+        "scan_to_a_traced_fraction",
+        lambda: scan(depth=jnp.ones(())),
+        TypeError,
+        "depth must be one integer, got an array of float32[]",
+    ),
+    error(
+        "scan_without_a_pair",
+        lambda: scan(f=lambda carry, row: carry),
+        TypeError,
+        "f must return a pair of the next carry and an output",
+        "return carry, None",
+    ),
+    error(
+        "scan_with_another_structure",
+        lambda: scan(f=lambda carry, row: ((carry, carry), None)),
+        TypeError,
+        "f must return a carry of the structure that it takes",
+        "PyTreeDef(*)",
+        "PyTreeDef((*, *))",
+    ),
+    error(
+        "scan_with_another_shape",
+        lambda: scan(init={"x": jnp.ones(4)}, f=lambda c, row: ({"x": c["x"][:2]}, None)),
+        TypeError,
+        "Leaf 'x' of the carry is float32[4] and becomes float32[2]",
+    ),
+    error(
+        "scan_with_another_dtype",
+        lambda: scan(
+            init={"x": jnp.ones(4, jnp.bfloat16)}, f=lambda c, row: ({"x": c["x"] @ row["w"]}, None)
+        ),
+        TypeError,
+        "Leaf 'x' of the carry is bfloat16[4] and becomes float32[4]",
+    ),
+]
+
 
 def assert_message(exception: type[Exception], words: tuple[str, ...], function: Any) -> None:
     with pytest.raises(exception, match="(?s)" + ".*".join(map(re.escape, words))):
@@ -1647,6 +1886,7 @@ def assert_message(exception: type[Exception], words: tuple[str, ...], function:
         *RADIUS_ERRORS,
         *MOMENTUM_ERRORS,
         *OPTIMIZER_ERRORS,
+        *STACK_ERRORS,
     ],
 )
 def test_bad_input_is_named_with_the_way_out(function, exception, words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,13 +95,16 @@ class Layers:
             TypeError: If `depth` is an array and no layers are stacked, or no integer.
             ValueError: If a Python integer is out of range.
         """
-        layers = range(self.num_layers)
         if self.stacks and isinstance(depth, jax.Array):
             check_index("depth", depth)
-            active = jnp.arange(self.num_layers) >= jnp.clip(depth, 0, self.num_layers - 1)
-            return self._mask_of([active[layer] for layer in layers[:-1]] + [True])
+            last = self.num_layers - 1
+            clipped = jnp.clip(depth, 0, last)
+            return self._mask_of(
+                lambda layer: True if layer == last else clipped <= layer,
+                lambda layers: clipped <= np.array(layers, np.int32),
+            )
         depth = self._checked_depth(depth)
-        return self.subset([layer >= depth for layer in layers])
+        return self.subset([layer >= depth for layer in range(self.num_layers)])
 
     def subset(self, active: Sequence[bool] | Bool[Array, " num_layers"]) -> Any:
         """The layer mask of an arbitrary set of layers.
@@ -124,11 +127,19 @@ class Layers:
                 f"{', '.join(self.names)}; got {len(active)}."
             )
         if self.stacks and isinstance(active, jax.Array) and active.dtype == bool:
-            return self._mask_of([active[layer] for layer in range(self.num_layers)])
+            return self._mask_of(
+                lambda layer: active[layer], lambda layers: active[np.array(layers, np.int32)]
+            )
         for flag in active:
             if not isinstance(flag, bool | np.bool_):
                 raise TypeError(f"active must hold Python booleans, got {flag!r}.")
-        return self._mask_of([bool(flag) for flag in active])
+        flags = np.array(active, bool)
+
+        def of_rows(layers: tuple[int, ...]) -> Any:
+            rows = flags[list(layers)]
+            return bool(rows[0]) if (rows == rows[0]).all() else rows
+
+        return self._mask_of(lambda layer: bool(flags[layer]), of_rows)
 
     def stack_depth(self, depth: int | Int[Array, ""], stack: str | None = None) -> Any:
         """How many layers of a stack lie before a depth: the `depth` of :func:`scan_layers`.
@@ -184,17 +195,15 @@ class Layers:
             )
         return depth
 
-    def _mask_of(self, active: Sequence[Any]) -> Any:
-        """The mask of one flag for each layer: Python booleans, or arrays."""
-        flags = [active[layer] for layer in self.layer_of_leaf]
+    def _mask_of(
+        self, of_layer: Callable[[int], Any], of_rows: Callable[[tuple[int, ...]], Any]
+    ) -> Any:
+        """The mask of a flag for each layer, and a flag or a vector for the rows of each stack."""
+        flags = [of_layer(layer) for layer in self.layer_of_leaf]
         for stack in self.stacks:
-            rows = [active[layer] for layer in stack.layers]
-            if any(isinstance(flag, jax.Array) for flag in rows):
-                of_stack: Any = jnp.stack(rows)
-            else:
-                of_stack = all(rows) if all(rows) or not any(rows) else np.array(rows)
+            rows = of_rows(stack.layers)
             for leaf in stack.leaves:
-                flags[leaf] = of_stack
+                flags[leaf] = rows
         return self.treedef.unflatten(flags)
 
     def group(self, num_groups: int, costs: Sequence[float] | None = None) -> Layers:

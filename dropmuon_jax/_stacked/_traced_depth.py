@@ -34,7 +34,22 @@ def scan_down_to(layer: Layer, policy: Any) -> Callable[..., tuple[Leaves, Leave
             saved, restore = _take_apart(pull_back, consts, x)
             return carry, (y, saved)
 
-        carry, (ys, saved) = jax.lax.scan(save, init, xs)
+        def below(i: Array, state: tuple[Leaves, Leaves]) -> tuple[Leaves, Leaves]:
+            carry, ys = state
+            carry, y = layer(consts, carry, [_row(x, i) for x in xs])
+            return carry, [_write(stack, leaf, i) for stack, leaf in zip(ys, y, strict=True)]
+
+        def above(i: Array, state: tuple[Leaves, Leaves, Leaves]) -> tuple[Leaves, Leaves, Leaves]:
+            carry, ys, saved = state
+            carry, rows = save(carry, [_row(x, i) for x in xs])
+            ys, saved = jax.tree.map(lambda stack, leaf: _write(stack, leaf, i), (ys, saved), rows)
+            return carry, ys, saved
+
+        num_layers = len(xs[0])
+        _, shapes = jax.eval_shape(save, init, [_row(x, jnp.int32(0)) for x in xs])
+        ys, saved = jax.tree.map(lambda x: jax.lax.empty((num_layers, *x.shape), x.dtype), shapes)
+        carry, ys = jax.lax.fori_loop(0, depth.value, below, (init, ys))
+        carry, ys, saved = jax.lax.fori_loop(depth.value, num_layers, above, (carry, ys, saved))
         static = Partial(functools.partial(_pull_back_to, restore, wanted))
         return (carry, ys), (static, consts, xs, saved, depth.value)
 
@@ -117,10 +132,7 @@ def _pull_back_to(
         ct_y, _ = _split(y_flags, [_row(ct, i) for ct in ct_ys])
         of_consts, ct_carry, of_x = pull_back((ct_carry, ct_y))
         ct_consts = [total + ct for total, ct in zip(ct_consts, of_consts, strict=True)]
-        ct_xs = [
-            jax.lax.dynamic_update_index_in_dim(stack, ct, i, axis=0)
-            for stack, ct in zip(ct_xs, of_x, strict=True)
-        ]
+        ct_xs = [_write(stack, ct, i) for stack, ct in zip(ct_xs, of_x, strict=True)]
         return ct_consts, ct_carry, ct_xs
 
     ct_consts, ct_xs = (
@@ -150,6 +162,10 @@ def _row(stack: Any, i: Array) -> Any:
         aval: Any = stack.aval
         return jnp.zeros(aval.shape[1:], aval.dtype) if _is_floating(aval) else None
     return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
+def _write(stack: Array, row: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, row, i, axis=0)
 
 
 def _instantiate(ct: Any) -> Array:
