@@ -18,9 +18,9 @@ from momentum_study.outcomes import summarise
 from momentum_study.plots import figures
 from momentum_study.report import print_tables, record
 from momentum_study.settings import Settings, check_settings
-from momentum_study.text import load_text
 from momentum_study.training import Study
 from records import to_json
+from text import load_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,8 +16,8 @@ from momentum_study.methods import METHODS
 from momentum_study.outcomes import first_reached, summarise, verdict
 from momentum_study.report import print_tables
 from momentum_study.settings import Settings, check_settings
-from momentum_study.text import Text, draw_starts, even_windows, load_text, split_text
 from momentum_study.training import Run, Study
+from text import Text, draw_starts, even_windows, load_text, split_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -178,7 +178,7 @@ def run(method, losses, *, seed=0, factor=1, validation=1.0):
 
 def outcomes(*runs):
     grids = [
-        Grid(method, 8, (0.1, 0.2), (1.0, 2.0)) for method in dict.fromkeys(r.method for r in runs)
+        Grid((0.1, 0.2), (1.0, 2.0), method, 8) for method in dict.fromkeys(r.method for r in runs)
     ]
     return summarise(Contest(grids, list(runs)))
 

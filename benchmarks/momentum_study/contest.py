@@ -6,35 +6,18 @@ from collections.abc import Callable, Sequence
 from momentum_study.methods import MethodName, spending
 from momentum_study.settings import Settings
 from momentum_study.training import Run, Study
+from rate_grid import RateGrid
 
 # Told what happens, and how many windows of text have been through a gradient since the last time.
 Report = Callable[[str, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(RateGrid):
     """One method at all learning rates, with the seed that does not race."""
 
     method: MethodName
     batch_size: int
-    learning_rates: tuple[float, ...]
-    validation_losses: tuple[float, ...]
-    """At the end of each run; infinite where it diverged."""
-
-    @property
-    def best(self) -> int:
-        """Which rate is the best; of equal ones the smallest."""
-        return self.validation_losses.index(min(self.validation_losses))
-
-    @property
-    def best_rate(self) -> float:
-        """With which the method races."""
-        return self.learning_rates[self.best]
-
-    @property
-    def best_is_at_edge(self) -> bool:
-        """Whether a better rate may lie outside."""
-        return self.best in (0, len(self.learning_rates) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +51,7 @@ def tune(study: Study, method: MethodName, batch_size: int, report: Report) -> G
         runner.evaluate(num_steps)
         losses.append(runner.run.validation_loss[-1])
         report(text, _windows(method, batch_size, settings.num_steps))
-    return Grid(method, batch_size, settings.learning_rates, tuple(losses))
+    return Grid(settings.learning_rates, tuple(losses), method, batch_size)
 
 
 def race(study: Study, grids: Sequence[Grid], report: Report) -> list[Run]:

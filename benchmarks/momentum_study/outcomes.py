@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
+import curves
+from curves import NEVER
 from momentum_study.contest import Contest, Grid
 from momentum_study.methods import CONTROLS, MVR, REFERENCE, TITLES, MethodName
 from momentum_study.training import Run
 
 Axis = Literal["steps", "evaluations", "seconds"]
 AXES: tuple[Axis, ...] = ("steps", "evaluations", "seconds")
-NEVER = math.inf
 Relation = Literal["beats", "loses to", "neither beats nor loses to"]
 
 
@@ -65,16 +66,7 @@ class Outcome:
 
 def first_reached(run: Run, axis: Axis, loss: float) -> float:
     """Where a test loss is reached first, on the straight lines between evaluations."""
-    at = getattr(run, axis)
-    if not math.isfinite(loss):
-        return NEVER
-    for i, seen in enumerate(run.test_loss):
-        if seen <= loss:
-            before = run.test_loss[i - 1]
-            if i == 0 or not math.isfinite(before):
-                return at[i]
-            return at[i] + (at[i - 1] - at[i]) * (loss - seen) / (before - seen)
-    return NEVER
+    return curves.first_reached(getattr(run, axis), run.test_loss, loss)
 
 
 def summarise(contest: Contest) -> list[Outcome]:

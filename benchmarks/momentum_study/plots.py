@@ -1,20 +1,18 @@
 """Pictures of the study."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from momentum_study.contest import Contest
 from momentum_study.methods import METHODS, REFERENCE, TITLES, MethodName
 from momentum_study.outcomes import AXES, Axis
 from momentum_study.settings import Settings
-from momentum_study.training import Run
+from panels import Style, draw_band, draw_grid, finish, finish_rates, finite, legend
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers as well.
-STYLES: dict[MethodName, tuple[str, str, str]] = {
+STYLES: dict[MethodName, Style] = {
     "ema": ("#000000", "-", "o"),
     "mvr1": ("#D55E00", "-", "s"),
     "mvr2": ("#0072B2", "-", "^"),
@@ -44,9 +42,10 @@ def _curves(settings: Settings, contest: Contest, batch_size: int) -> Figure:
     highest, lowest = -math.inf, math.inf
     for method in settings.methods:
         runs = [r for r in contest.runs if (r.method, r.batch_size) == (method, batch_size)]
-        losses = _finite([run.test_loss for run in runs])
+        losses = finite([run.test_loss for run in runs])
         for axes, axis in zip(panels, AXES, strict=True):
-            _band(axes, method, runs, axis, losses)
+            spent = [getattr(run, axis) for run in runs]
+            draw_band(axes, spent, losses, STYLES[method], TITLES[method])
         mean = losses.mean(0)
         lowest = min(lowest, *losses[np.isfinite(losses)], math.inf)
         # Show where the methods differ, not the descent of the first evaluations.
@@ -57,28 +56,12 @@ def _curves(settings: Settings, contest: Contest, batch_size: int) -> Figure:
         panels[0].set_ylim(lowest - margin, highest + margin)
     for axes, axis in zip(panels, AXES, strict=True):
         axes.set_xlabel(LABELS[axis])
-        _finish(axes)
+        finish(axes)
     panels[0].set_ylabel("test loss (nats a character)")
     seeds = f"mean and range of {len(settings.seeds)} seeds, each method at its best rate"
     figure.suptitle(f"Transformer on characters, batch {batch_size}: {seeds}")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
-
-
-def _band(
-    axes: Axes, method: MethodName, runs: Sequence[Run], axis: Axis, losses: np.ndarray
-) -> None:
-    colour, dash, marker = STYLES[method]
-    x = np.mean([getattr(run, axis) for run in runs], axis=0)
-    axes.plot(
-        *(x, losses.mean(0), dash),
-        color=colour,
-        marker=marker,
-        markersize=4,
-        label=TITLES[method],
-    )
-    if len(runs) > 1:
-        axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def _learning_rates(settings: Settings, contest: Contest) -> Figure:
@@ -89,35 +72,10 @@ def _learning_rates(settings: Settings, contest: Contest) -> Figure:
     for axes, batch_size in zip(panels, sizes, strict=True):
         for grid in contest.grids:
             if grid.batch_size == batch_size:
-                colour, dash, marker = STYLES[grid.method]
-                losses = _finite(grid.validation_losses)
-                title = TITLES[grid.method]
-                style = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-                axes.plot(grid.learning_rates, losses, label=title, **style)
-                axes.plot(grid.best_rate, losses[grid.best], marker, color=colour, markersize=10)
-        axes.set_xscale("log")
-        axes.set_xticks(settings.learning_rates, [f"{r:g}" for r in settings.learning_rates])
-        axes.minorticks_off()
-        axes.set_xlabel("learning rate of the matrices")
+                draw_grid(axes, grid, STYLES[grid.method], TITLES[grid.method])
         axes.set_title(f"batch {batch_size}")
-        _finish(axes)
+        finish_rates(axes, settings.learning_rates)
     panels[0].set_ylabel("validation loss (nats a character)")
     figure.suptitle("Tuning, one seed; the large marker is the best rate")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
-
-
-def _finite(losses: Sequence[Sequence[float]] | Sequence[float]) -> np.ndarray:
-    """Diverged runs leave a gap."""
-    values = np.array(losses, float)
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-
-
-def _finish(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -13,9 +13,9 @@ from momentum_study.contest import Contest
 from momentum_study.methods import TITLES
 from momentum_study.outcomes import AXES, NEVER, Outcome, verdict
 from momentum_study.settings import Settings
-from momentum_study.text import Text
 from momentum_study.training import Study
 from records import environment
+from text import Text
 
 
 def print_tables(console: Console, settings: Settings, outcomes: Sequence[Outcome]) -> None:

@@ -15,7 +15,7 @@ import dropmuon_jax as dm
 from models import Transformer
 from momentum_study.methods import MethodName, make_momentum, make_optimizer, spending
 from momentum_study.settings import Settings
-from momentum_study.text import Text, draw_starts, even_windows
+from text import Text, draw_starts, even_windows
 
 
 @dataclasses.dataclass
