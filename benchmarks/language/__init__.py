@@ -1,0 +1,1 @@
+"""What benchmarks/language_race.py is made of."""
