@@ -25,6 +25,10 @@ def masked_value_and_grad(
     the compiled step is that of a network whose other layers are constants. Put the gradient, the
     optimizer and this mask in one `jax.jit`.
 
+    Of stacked layers the mask may have rows, and be traced: gradients of inactive rows are zero
+    whatever the loss does, and not computed if it runs them by :func:`scan_layers` to the same
+    depth.
+
     Args:
         loss_fn: A function of `(params, *args, **kwargs)` that returns a scalar, or
             `(scalar, aux)` with `has_aux`.
@@ -34,8 +38,8 @@ def masked_value_and_grad(
         A function of `(params, *args, layer_mask, **kwargs)` that returns `(value, grads)`, or
         `((value, aux), grads)` with `has_aux`. `grads` has the structure, shapes and dtypes of
         `params`; it is zero at inactive leaves. `layer_mask` is required; None makes all layers
-        active. It raises TypeError if the mask is missing, traced or no tree of Python booleans,
-        and ValueError if it does not fit `params`.
+        active. It raises TypeError if the mask is missing, no tree of booleans, or traced without
+        stacks, and ValueError if it does not fit `params`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -167,9 +171,9 @@ def _of_active_rows(flag: Any, grad: jax.Array) -> jax.Array:
 def switch_depth(step_fn: Callable[..., Any], sampler: LayerMaskSampler) -> Callable[..., Any]:
     """A step whose depth is drawn on the device, for `lax.scan` and other loops there.
 
-    A `lax.switch` over the static step, compiled once with one branch for each depth. XLA's CPU
-    backend runs convolutions inside a branch many times slower than outside; there, draw on the
-    host.
+    A `lax.switch` over the static step, compiled once with one branch for each depth. (Stacked
+    layers need no branches: :func:`scan_layers` takes a traced depth.) XLA's CPU backend runs
+    convolutions inside a branch many times slower than outside; there, draw on the host.
 
     Args:
         step_fn: A function of `(*args, layer_mask)`, `layer_mask` by keyword, whose outputs have

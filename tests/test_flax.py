@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Net(nnx.Module):

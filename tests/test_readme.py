@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Each example runs for seconds, and compiles for longer.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"^### (.+?)$.*?^```python\n(.+?)^```", README.read_text(), re.M | re.S)
 

@@ -21,7 +21,8 @@ def trace_layers(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
     through `jit`, `checkpoint`, `scan`, `while_loop`, `cond` and custom derivatives; casts,
     reshapes and other work on parameters alone do not count. A leaf that is used again after a
     later layer began (a tied head) belongs to its shallowest use and is reported in the printed
-    table.
+    table. Layers that are stacked and scanned count as one; for one layer a row name them yourself,
+    by :func:`stacked` in :func:`layers_by_path`.
 
     Args:
         loss_fn: A function of `(params, *args, **kwargs)`, as given to `jax.grad`.

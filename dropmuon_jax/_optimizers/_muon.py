@@ -53,6 +53,10 @@ def drop_muon(
     by layer in the same way. The optimizer saves its own work on inactive layers; take the
     gradients with :func:`masked_value_and_grad` and the same mask to save the backward pass.
 
+    Layers that are stacked (:func:`stacked`, :func:`scan_layers`) step row by row, and the depth may
+    be traced: everything inside is then in :func:`per_layer`, and axes and labels are those of one
+    layer, without the leading axis.
+
     It is `optax.chain` of :func:`chain_subtrees` and :func:`layer_mask_sampler`; write the chain
     yourself for more than these arguments. Wrappers go around it, such as clipping before it; their
     result gets the draws back by `tx.attach_to`. (With :func:`mvr_momentum` clip both gradients by
@@ -71,8 +75,9 @@ def drop_muon(
             chain it with `optax.add_decayed_weights`. Not `optax.adamw(…)`, which has a learning
             rate, and its minus sign, already.
         auxiliary_learning_rate: Its learning rate, by default `learning_rate`.
-        labels: A tree, or a function of the parameters, that labels each leaf "matrix" or "other",
-            by default :func:`matrix_labels`.
+        labels: A tree, or a function of the parameters (:meth:`Layers.row_shapes` of them, where
+            layers are stacked), that labels each leaf "matrix" or "other", by default
+            :func:`matrix_labels`.
 
     Returns:
         A :class:`LayerMaskSampler`: a transformation whose `update` requires the extra argument

@@ -41,7 +41,7 @@ def scan_layers(
     not. Both cost the same (`benchmarks/stacked_cost.py`).
 
     Each layer is computed again in the backward pass from its saved input, unless `policy` says
-    what else to save. The loop has the forward pass of all layers, and saves for all of them.
+    what else to save. The loop saves for active layers only, and has room for all.
 
     Args:
         f: The layer, from a carry and a row of `xs` to the next carry and an output, as in
