@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_ROWS, WIDTH = 3, 4
 KEYS = jax.random.split(jax.random.key(3), 6)
 X = jax.random.normal(KEYS[4], (8, 3))
-DEPTHS = (2, 0, 4, 2, 0)
+DEPTHS = (2, 0, 2, 0, 2)
 
 
 def make_stacked(dtype=jnp.float32):
@@ -63,16 +63,18 @@ def separate_loss(params, x):
 
 
 RADII = {"hidden": 2.0, "head": 3.0, "bias": 0.5, "embedding": 1.5}
+# Few steps of the iteration, of which each is a larger program to compile.
+LMO = dm.newton_schulz_lmo(shape_factor="muon", num_steps=2)
 OPTIMIZERS = {
     "drop_muon": lambda layers: dm.drop_muon(
-        0.05, layers, dm.uniform_depth(), seed=0, weight_decay=0.1, auxiliary_learning_rate=0.01
-    ),
-    "drop_muon_with_a_schedule_of_decay": lambda layers: dm.drop_muon(
         optax.linear_schedule(0.1, 0.01, 8),
         layers,
         dm.uniform_depth(),
         seed=0,
         momentum=dm.momentum(optax.linear_schedule(0.0, 0.9, 6), nesterov=True),
+        lmo=LMO,
+        weight_decay=0.1,
+        auxiliary_learning_rate=0.01,
     ),
     "drop_muon_with_mvr": lambda layers: dm.drop_muon(
         0.05,
@@ -80,12 +82,18 @@ OPTIMIZERS = {
         dm.uniform_depth(),
         seed=0,
         momentum=dm.mvr_momentum(0.7, variant=2, on_waking="decay"),
+        lmo=LMO,
     ),
     "drop_muon_with_mars": lambda layers: dm.drop_muon(
-        0.05, layers, dm.uniform_depth(), seed=0, momentum=dm.mars_momentum(0.8, max_norm=0.1)
+        0.05,
+        layers,
+        dm.uniform_depth(),
+        seed=0,
+        momentum=dm.mars_momentum(0.8, max_norm=0.1),
+        lmo=LMO,
     ),
     "drop_scion": lambda layers: dm.drop_scion(
-        0.1, layers, dm.uniform_depth(), RADII, seed=0, momentum=dm.momentum(0.5)
+        0.1, layers, dm.uniform_depth(), RADII, seed=0, lmos={"hidden": LMO}
     ),
     "drop_gluon": lambda layers: dm.drop_gluon(
         dm.gluon_radius(0.1), layers, dm.uniform_depth(), dict.fromkeys(dm.ROLES, 1.0), seed=0
@@ -139,7 +147,7 @@ def test_a_static_depth_trains_as_a_traced_one_does(name):
     static = jax.jit(functools.partial(stacked_step, tx), static_argnums=2)
     params = make_stacked()
     opt_state = tx.init(params)
-    for depth in (0, 2):
+    for depth in (2, 3):
         expected = static(params, opt_state, depth)
         params, opt_state = traced(params, opt_state, jnp.int32(depth))
         chex.assert_trees_all_close((params, opt_state), expected, rtol=1e-4, atol=1e-5)
@@ -155,7 +163,14 @@ def leaves_of_rows(tree, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_traced"), [*((name, True) for name in OPTIMIZERS), ("drop_muon", False)]
+    ("name", "is_traced"),
+    [
+        ("drop_muon", True),
+        ("drop_muon", False),
+        ("drop_muon_with_mvr", True),
+        ("drop_muon_with_mars", True),
+        ("drop_scion", True),
+    ],
 )
 def test_inactive_rows_keep_every_bit_of_parameters_and_state(name, is_traced):
     tx = OPTIMIZERS[name](LAYERS)
