@@ -104,9 +104,9 @@ def _leaf_axes(path: str, leaf: Any, spec: LeafNumbers | None, vectors: bool) ->
                 f"are fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key "
                 "may be a pattern such as 'query/kernel' and axes in neither are batch axes, or, "
-                "for a convolution, with 'conv'. (Of stacked layers say in dm.layers_by_path that they "
-                "are dm.stacked, and put the LMO into dm.per_layer. dm.muon and dm.drop_muon have it inside "
-                "lmo=dm.newton_schulz_lmo(shape_factor='muon', …).)"
+                "for a convolution, with 'conv'. (dm.muon and dm.drop_muon have it inside "
+                "lmo=dm.newton_schulz_lmo(shape_factor='muon', …). Of stacked layers say in "
+                "dm.layers_by_path that they are dm.stacked, and put the LMO into dm.per_layer.)"
             )
         return MatrixAxes(path, tuple(range(ndim - 1)), (ndim - 1,), tuple(range(ndim - 2)))
     if not isinstance(spec, MuonDimensionNumbers):

@@ -53,9 +53,9 @@ def drop_muon(
     by layer in the same way. The optimizer saves its own work on inactive layers; take the
     gradients with :func:`masked_value_and_grad` and the same mask to save the backward pass.
 
-    Layers that are stacked (:func:`stacked`, :func:`scan_layers`) step row by row, and the depth may
-    be traced: everything inside is then in :func:`per_layer`, and axes and labels are those of one
-    layer, without the leading axis.
+    Layers that are stacked (:func:`stacked`, :func:`scan_layers`) step row by row, and the depth
+    may be traced: everything inside is then in :func:`per_layer`, and axes and labels are those of
+    one layer, without the leading axis.
 
     It is `optax.chain` of :func:`chain_subtrees` and :func:`layer_mask_sampler`; write the chain
     yourself for more than these arguments. Wrappers go around it, such as clipping before it; their

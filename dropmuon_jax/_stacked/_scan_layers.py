@@ -38,7 +38,8 @@ def scan_layers(
     A traced depth is one program for every depth: the backward pass is a loop that takes L - depth
     turns. A Python integer is split into two scans, of which the first is not differentiated: a
     program for each depth, that may be differentiated again and forwards too, as a traced one may
-    not. Both cost the same (`benchmarks/stacked_cost.py`).
+    not. With the default policy both take the same time (`benchmarks/stacked_cost.py`); what else
+    is saved costs the traced one an allocation for all layers at every depth.
 
     Each layer is computed again in the backward pass from its saved input, unless `policy` says
     what else to save. The loop saves for active layers only, and has room for all.
