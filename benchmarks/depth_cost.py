@@ -18,6 +18,7 @@ from rich.table import Table
 
 from records import environment, to_json
 from steps_by_depth import (
+    MODELS,
     DepthSettings,
     ModelName,
     check_settings,
@@ -33,6 +34,9 @@ GAPS = ("flops_gap", "memory_gap", "traffic_gap", "seconds_gap")
 @dataclasses.dataclass(frozen=True)
 class Settings(DepthSettings):
     """Compare FLOPs, memory and time of a step at each depth with a step by hand."""
+
+    models: tuple[ModelName, ...] = MODELS
+    """Networks to measure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Cost:
 def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost]:
     """Every depth of one network, with progress bars."""
     subject = make_subject(model, settings)
-    depths = range(len(subject.patterns))
+    layers = subject.layers()
+    depths = range(layers.num_layers)
     steps = {}
     for depth in track(depths, f"{model}: compiling", console=console):
         for make in (step_of_package, step_by_hand):
@@ -98,7 +103,7 @@ def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost
             Cost(
                 model,
                 depth,
-                subject.patterns[depth],
+                layers.names[depth],
                 steps[package].flops(),
                 steps[by_hand].flops(),
                 steps[package].temporary_bytes(),

@@ -18,7 +18,6 @@ from rich.progress import track
 from rich.table import Table
 
 import dropmuon_jax as dm
-from methods import cross_entropy
 from records import environment, to_json
 from steps_by_depth import (
     DepthSettings,
@@ -76,10 +75,10 @@ def compile_programs(subject: Subject, depth: int) -> dict[str, Program]:
     """One gradient, "one", and both forms of two."""
     params = init_params(subject)
     prev_params = jax.tree.map(lambda leaf: 0.9 * leaf, params)
-    mask = dm.layers_by_path(params, subject.patterns).mask(depth)
+    mask = subject.layers().mask(depth)
 
     def loss_fn(params, batch):
-        return cross_entropy(subject.model, params, batch)
+        return subject.loss(params, batch, depth)
 
     def pair(stacked: bool) -> Callable[..., Any]:
         gradients = dm.masked_value_and_grad_pair(loss_fn, stacked=stacked)
@@ -103,7 +102,7 @@ def _compile(function: Callable[..., Any], *arguments: Any) -> Program:
 def measure(settings: Settings, model: ModelName, console: Console) -> list[Cost]:
     """Every depth of one network, with progress bars."""
     subject = make_subject(model, settings)
-    depths = range(len(subject.patterns))
+    depths = range(subject.layers().num_layers)
     programs = {
         (depth, name): program
         for depth in track(depths, f"{model}: compiling", console=console)

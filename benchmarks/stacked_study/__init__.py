@@ -1,0 +1,1 @@
+"""What benchmarks/stacked_cost.py is made of."""
