@@ -111,11 +111,11 @@ def check_index(name: str, value: jax.Array) -> None:
 def check_transformation(name: str, value: Any) -> None:
     """Error unless a value is an Optax transformation: a pair of `init` and `update`."""
     if not isinstance(value, optax.GradientTransformation):
-        called = (
-            " If it makes one, call it; a function of matrices goes into dm.spectral_lmo."
-            if callable(value)
-            else ""
-        )
+        called = ""
+        if hasattr(value, "gradient_transformation"):  # optax.MultiSteps
+            called = " Give its gradient_transformation()."
+        elif callable(value):
+            called = " If it makes one, call it; a function of matrices goes into dm.spectral_lmo."
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {describe(value)}.{called}"
         )

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from dropmuon_jax._checks import check_extra_args
-from dropmuon_jax._layers import CUT_TO_THE_SUBTREE, leaf_keys, leaf_paths, masked_paths
+from dropmuon_jax._layers import CUT_TO_THE_SUBTREE, Layers, leaf_keys, leaf_paths, masked_paths
 
 
 def resolve_mask(
@@ -109,6 +110,39 @@ def _with_structure(layer_mask: Any, tree: Any) -> Any:
     raise ValueError(
         f"layer_mask has another structure than the updates or parameters: {difference}. {way_out}"
     )
+
+
+def check_rows(layer_mask: Any, layers: Layers) -> None:
+    """Error for a vector at a leaf that is not stacked in these layers."""
+    units = layers.units
+    indices = jax.tree.leaves(layers.units_of(layer_mask))
+    for path, flag, index in zip(
+        leaf_paths(layer_mask), jax.tree.leaves(layer_mask), indices, strict=True
+    ):
+        if np.ndim(flag) and units[index] not in layers.stacks:
+            raise ValueError(
+                f"layer_mask has rows at '{path}', which is not stacked in these layers. Make it "
+                "with layers.mask(depth) or layers.subset(active) of the same layers."
+            )
+
+
+def ignores_mask(transformation: optax.GradientTransformation) -> bool:
+    """Whether its state changes in a leaf that is not active; False where that cannot be told."""
+    transformation = optax.with_extra_args_support(transformation)
+    probe = {"probe": jnp.ones((2, 2))}
+    try:
+        with jax.ensure_compile_time_eval():
+            state = transformation.init(probe)
+            asleep: Any = transformation.update(
+                probe, state, probe, prev_params_grads=probe, layer_mask={"probe": False}
+            )[1]
+            return any(
+                not bool(jnp.array_equal(new, old, equal_nan=True))
+                for new, old in zip(jax.tree.leaves(asleep), jax.tree.leaves(state), strict=True)
+                if jnp.ndim(old)
+            )
+    except (LookupError, TypeError, ValueError):
+        return False  # made for other parameters, or of traced numbers
 
 
 def is_static(flag: Any) -> bool:

@@ -1623,6 +1623,13 @@ OPTIMIZER_ERRORS = [
         "Did you mean 'matrix'?",
     ),
     error(
+        "draws_for_multi_steps",
+        lambda: SAMPLER.attach_to(optax.MultiSteps(SAMPLER, 2)),
+        TypeError,
+        "transformation must be an optax.GradientTransformation, got a MultiSteps",
+        "Give its gradient_transformation()",
+    ),
+    error(
         "no_transforms",
         lambda: dm.chain_subtrees({}, {}),
         ValueError,
@@ -1801,6 +1808,48 @@ STACK_ERRORS = [
         "mu_dtype",
     ),
     error(
+        "mask_of_rows_for_a_leaf_that_is_not_stacked",
+        lambda: updated(
+            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
+            STACK,
+            layer_mask=STACK_LAYERS.mask(0) | {"embed": np.ones(3, bool)},
+        ),
+        ValueError,
+        "layer_mask has rows at 'embed', which is not stacked in these layers",
+    ),
+    error(
+        "mask_for_an_inner_that_ignores_it",
+        lambda: dm.per_layer(optax.scale_by_adam(), STACK_LAYERS, takes_mask=True),
+        ValueError,
+        "takes_mask=True is for an inner that looks at layer_mask",
+        "leave takes_mask out",
+    ),
+    error(
+        "rows_of_rows",
+        lambda: dm.drop_muon(
+            0.1,
+            STACK_LAYERS,
+            UNIFORM,
+            seed=0,
+            momentum=dm.per_layer(optax.trace(0.9), STACK_LAYERS),
+        ).init(STACK),
+        ValueError,
+        "Leaf 'blocks/w' has shape (4, 4), and the stack 'blocks' 5 layers",
+        "inside another dm.per_layer",
+    ),
+    error(
+        "stack_inside_a_layer",
+        lambda: stack_layers(("embed", dm.stacked("blocks"))),
+        TypeError,
+        "dm.stacked(…) is an entry of its own",
+    ),
+    error(
+        "scan_with_another_dtype_of_the_whole_carry",
+        lambda: scan(f=lambda carry, row: (carry.astype(jnp.bfloat16), None)),
+        TypeError,
+        "The carry is float32[4] and becomes bfloat16[4]",
+    ),
+    error(
         "scan_of_nothing",
         lambda: scan(xs={}),
         ValueError,
@@ -1843,6 +1892,7 @@ STACK_ERRORS = [
         lambda: scan(f=lambda carry, row: carry),
         TypeError,
         "f must return a pair of the next carry and an output",
+        "got one array",
         "return carry, None",
     ),
     error(

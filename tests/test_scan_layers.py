@@ -189,3 +189,62 @@ def test_a_static_depth_can_be_differentiated_twice_and_forwards():
     np.testing.assert_allclose(jax.hessian(loss)(stack), [[0, 0, 0], [0, 0, 2], [0, 2, 0]])
     _, tangent = jax.jvp(loss, (stack,), (jnp.ones(3),))
     assert tangent == 2 * 5 + 2 * 3
+
+
+def test_a_second_derivative_outside_of_jit_is_that_of_a_static_depth():
+    stack = jnp.array([2.0, 3.0, 5.0])
+
+    def hessian_vector_product(depth):
+        def loss(stack):
+            return dm.scan_layers(lambda c, w: (c * w, None), 1.0, stack, depth=depth)[0] ** 2
+
+        return jax.grad(lambda stack: jax.grad(loss)(stack) @ jnp.arange(1.0, 4.0))(stack)
+
+    for depth in range(4):
+        traced = hessian_vector_product(jnp.int32(depth))
+        np.testing.assert_allclose(traced, hessian_vector_product(depth), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
+def test_any_integer_is_a_depth(dtype):
+    stack = jnp.ones((200, 1))
+    layers = dm.layers_by_path({"w": stack}, [dm.stacked("w")])
+
+    def active_rows(depth):
+        def loss(stack):
+            f = lambda c, w: (c + w.sum(), None)  # noqa: E731
+            return dm.scan_layers(f, 0.0, stack, depth=layers.stack_depth(depth))[0]
+
+        return jax.grad(loss)(stack).sum(), layers.mask(depth)["w"].sum()
+
+    assert jax.jit(active_rows)(jnp.asarray(100, dtype)) == (100, 100)
+
+
+def test_it_runs_on_a_mesh_with_explicit_axes_and_in_shard_map():
+    """On one device: that the types of loops fit."""
+    stack, x = jnp.ones((NUM_LAYERS, 3, 3)) / 3, jnp.ones((2, 3))
+
+    def loss(stack, x, depth):
+        def f(x, w):
+            return jnp.tanh(x @ w), x.sum()
+
+        x, sums = dm.scan_layers(f, x, stack, depth=depth)
+        return (x**2).sum() + sums.sum()
+
+    spec = jax.sharding.PartitionSpec
+    expected = jax.grad(loss)(stack, x, 1)
+    auto = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda stack, x, depth: jax.grad(lambda stack: jax.lax.psum(loss(stack, x, depth), "data"))(
+            stack
+        ),
+        mesh=auto,
+        in_specs=(spec(), spec("data"), spec()),
+        out_specs=spec(),
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(stack, x, jnp.int32(1)), expected, rtol=1e-6)
+    explicit = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        sharding = jax.sharding.NamedSharding(explicit, spec("data"))
+        grad = jax.jit(jax.grad(loss))(stack, jax.device_put(x, sharding), jnp.int32(1))
+    np.testing.assert_allclose(grad, expected, rtol=1e-6)

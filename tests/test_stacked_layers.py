@@ -364,3 +364,21 @@ def test_scion_starts_each_row_on_its_own_ball():
         factor = dm.ROLE_NORMS["hidden"].norm(row)
         np.testing.assert_allclose(factor, RADII["hidden"], rtol=1e-4)
     assert not jnp.allclose(drawn["blocks"]["out"][0], drawn["blocks"]["out"][1])
+
+
+def test_no_turn_of_the_loop_copies_the_whole_stack():
+    params = {"blocks": {"kernel": jnp.ones((7, 8, 8)), "bias": jnp.ones((7, 8, 2))}}
+    layers = dm.layers_by_path(params, [dm.stacked("blocks")])
+    tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0, lmo=LMO)
+
+    def update(state, depth):
+        return tx.update(params, state, params, layer_mask=layers.mask(depth))
+
+    step = jax.jit(update, donate_argnums=0)
+    hlo = step.lower(tx.init(params), jnp.int32(0)).compile().as_text()
+    bodies = [part for part in hlo.split("\n}\n") if "dynamic-update-slice" in part]
+    loops = [part for part in bodies if "ENTRY" not in part and "%param" in part]
+    assert loops
+    for body in loops:
+        assert "f32[7,8,8]{2,1,0} copy(" not in body
+        assert "f32[7,8,2]{2,1,0} copy(" not in body

@@ -168,8 +168,10 @@ def _pattern_groups(patterns: Sequence[Any]) -> list[tuple[str, ...]]:
 def _members(patterns: Sequence[Any]) -> tuple[str, ...]:
     """The patterns of one layer or stack."""
     if not patterns or not all(isinstance(p, str) and p.strip("/") for p in patterns):
+        nested = any(isinstance(p, StackedPatterns) for p in patterns)
         raise TypeError(
             f"Each layer needs one or more nonempty string patterns, got {tuple(patterns)!r}."
+            + (" dm.stacked(…) is an entry of its own." if nested else "")
         )
     return tuple(patterns)
 

@@ -98,7 +98,7 @@ class Layers:
         if self.stacks and isinstance(depth, jax.Array):
             check_index("depth", depth)
             last = self.num_layers - 1
-            clipped = jnp.clip(depth, 0, last)
+            clipped = jnp.clip(depth.astype(jnp.int32), 0, last)
             return self._mask_of(
                 lambda layer: True if layer == last else clipped <= layer,
                 lambda layers: clipped <= np.array(layers, np.int32),

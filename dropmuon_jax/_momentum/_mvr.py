@@ -126,7 +126,7 @@ def mvr_momentum(
         with the structure and shapes of the gradients, and takes `layer_mask` (by default all
         active). Updates have the gradient's shape and dtype, and its sign. An inactive leaf has
         update zero and keeps every bit of its state, a :class:`MVRMomentumState`. It looks at the
-        mask itself: inside :func:`per_layer` it would not know how long a layer slept.
+        mask itself: in :func:`per_layer`, where stacked layers go, say `takes_mask=True`.
 
         What changes gradients before it must change both alike. So nothing stands before it in a
         chain that does, such as clipping; scale both before `update`, by

@@ -129,6 +129,9 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon: :func:`drop_muon` with every layer in every step, and therefore without layers.
 
+    Of a network with stacked layers it does not know which leaves are; there take
+    `drop_muon(…, layers, full_depth(), seed=0)` and `layers.mask(0)`.
+
     It differs from `optax.contrib.muon` in: 1. the polynomial, Polar Express by default, which is
     closer to the polar factor at five steps as well. 2. Decay 0.9, and no Nesterov momentum.
     3. Convolutions and named axes are matrices too; embeddings are not. 4. A leaf it cannot handle

@@ -16,7 +16,7 @@ from dropmuon_jax._checks import (
     static_int,
 )
 from dropmuon_jax._layers import Layers, check_layers
-from dropmuon_jax._masks import is_static, resolve_mask, where_active
+from dropmuon_jax._masks import check_rows, is_static, resolve_mask, where_active
 from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
 from dropmuon_jax._sampling._draws import draw_index
 
@@ -226,6 +226,7 @@ def layer_mask_sampler(
                 "gradients were taken with: layer_mask=layers.mask(depth)."
             )
         layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=bool(layers.stacks))
+        check_rows(layer_mask, layers)
 
         # p + (-0.0) is p, bit for bit; p + 0.0 is not for a p of -0.0.
         def let_through(flag: Any, update: Array) -> Array:

@@ -37,12 +37,13 @@ class Layer:
 def trace_layer(f: Callable[..., Any], init: Any, xs: Any) -> tuple[Layer, Any]:
     """The program of a layer, and the first carry as arrays; an error if the carry would change."""
     init = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), init)
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    row = jax.tree.map(_first_row, xs)
     jaxpr, out = jax.make_jaxpr(f, return_shape=True)(init, row)
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             "f must return a pair of the next carry and an output, as in lax.scan, got "
-            f"{describe(out)}. Without outputs: return carry, None."
+            f"{'one array' if isinstance(out, jax.ShapeDtypeStruct) else describe(out)}. Without "
+            "outputs: return carry, None."
         )
     if jax.tree.structure(out[0]) != jax.tree.structure(init):
         raise TypeError(
@@ -60,9 +61,17 @@ def trace_layer(f: Callable[..., Any], init: Any, xs: Any) -> tuple[Layer, Any]:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise TypeError(
                 "f must return a carry of the shapes and dtypes that it takes, as in lax.scan. "
-                f"Leaf '{path}' of the carry is {_aval(old)} and becomes {_aval(new)}."
+                f"{f'Leaf {path!r} of the carry' if path else 'The carry'} is {_aval(old)} and "
+                f"becomes {_aval(new)}."
             )
     return Layer(jaxpr.jaxpr, list(jaxpr.consts), jax.tree.structure(out)), promoted
+
+
+def _first_row(x: Any) -> Any:
+    """With the sharding of the stack; of an empty one the shape."""
+    if isinstance(x, jax.Array) and len(x):
+        return jax.lax.index_in_dim(x, 0, keepdims=False)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def _is_weak(x: Any) -> bool:

@@ -35,6 +35,13 @@ def scan_layers(
     `lax.scan`; the rows before have zeros; `init` has its gradient at depth 0 and else zero; what
     `f` closes over has that of the layers from `depth` on.
 
+    **One depth.** The mask of the gradient and of the update has the depth among all layers of the
+    network, this function that among the rows of `xs`: :meth:`Layers.stack_depth` makes one from
+    the other. With too large a depth here, a layer that the mask calls active has gradient zero
+    and steps on its old momentum, which nothing can detect. Likewise a parameter that is used
+    before or inside the layers belongs to the shallowest layer that uses it (a tied head to the
+    embedding): named in a later one, its gradient would lack what the constant layers give.
+
     A traced depth is one program for every depth: the backward pass is a loop that takes L - depth
     turns. A Python integer is split into two scans, of which the first is not differentiated: a
     program for each depth, that may be differentiated again and forwards too, as a traced one may
@@ -49,14 +56,14 @@ def scan_layers(
             `lax.scan`: the activations, and auxiliary losses beside them, are the carry.
         init: The first carry.
         xs: A tree of arrays that agree in their leading size L: the stacked parameters and
-            whatever else a layer has of its own, such as dropout keys or positions. Row 0 is
-            nearest the input.
+            whatever else a layer has of its own, such as dropout keys,
+            `(params, jax.random.split(key, L))`, or positions. Row 0 is nearest the input.
         depth: In [0, L]: the first row that is differentiated; L for none. A Python integer is
             static, an integer array is not, and is clipped. Of a depth among all layers of the
             network, :meth:`Layers.stack_depth` makes it.
         policy: What of a layer is saved for its backward pass, as in `jax.checkpoint`: by default
-            its inputs alone, with `jax.checkpoint_policies.everything_saveable` all that
-            `lax.scan` would save.
+            its inputs alone, with `jax.checkpoint_policies.everything_saveable` everything that
+            depends on the layer. A traced depth takes none that offloads.
 
     Returns:
         The last carry, and the outputs stacked.
@@ -91,7 +98,8 @@ def scan_layers(
     depth = _checked_depth(depth, num_layers)
     layer, init = trace_layer(f, init, xs)
     leaves = jax.tree.leaves(init), jax.tree.leaves(xs)
-    if isinstance(depth, int):
+    if isinstance(depth, int) or num_layers == 0:
+        depth = depth if isinstance(depth, int) else 0
         carry, ys = _split_scan(layer, *leaves, depth, policy)
     else:
         carry, ys = scan_down_to(layer, policy)(layer.consts, *leaves, depth)
@@ -119,7 +127,7 @@ def _checked_depth(depth: Any, num_layers: int) -> Any:
     """A depth in [0, L], of which arrays are clipped."""
     if isinstance(depth, jax.Array):
         check_index("depth", depth)
-        return jnp.clip(depth, 0, num_layers)
+        return jnp.clip(depth.astype(jnp.int32), 0, num_layers)
     depth = static_int("depth", depth, minimum=0)
     if depth > num_layers:
         raise ValueError(

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from dropmuon_jax._room import room_for_rows
 from dropmuon_jax._stacked._layer import Layer, Leaves
 
 
@@ -46,9 +47,10 @@ def scan_down_to(layer: Layer, policy: Any) -> Callable[..., tuple[Leaves, Leave
             return carry, ys, saved
 
         num_layers = len(xs[0])
-        _, shapes = jax.eval_shape(save, init, [_row(x, jnp.int32(0)) for x in xs])
-        ys, saved = jax.tree.map(lambda x: jax.lax.empty((num_layers, *x.shape), x.dtype), shapes)
-        carry, ys = jax.lax.fori_loop(0, depth.value, below, (init, ys))
+        row = [_row(x, jnp.int32(0)) for x in xs]
+        ys, saved = room_for_rows(lambda *row: save(*row)[1], num_layers, init, row)
+        # Constants for a second derivative too, where a depth that is known now allows it.
+        carry, ys = jax.lax.stop_gradient(jax.lax.fori_loop(0, depth.value, below, (init, ys)))
         carry, ys, saved = jax.lax.fori_loop(depth.value, num_layers, above, (carry, ys, saved))
         static = Partial(functools.partial(_pull_back_to, restore, wanted))
         return (carry, ys), (static, consts, xs, saved, depth.value)

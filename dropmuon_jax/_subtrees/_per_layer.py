@@ -12,7 +12,7 @@ import optax
 
 from dropmuon_jax._checks import check_transformation
 from dropmuon_jax._layers import Layers, Stack, check_layers, leaf_paths
-from dropmuon_jax._masks import is_static, resolve_mask
+from dropmuon_jax._masks import check_rows, ignores_mask, is_static, resolve_mask
 from dropmuon_jax._subtrees._rows import update_rows
 from dropmuon_jax._subtrees._second_gradient import with_second_gradient
 
@@ -50,9 +50,10 @@ def per_layer(
         layers: The layers, over the whole parameters; `per_layer` itself may run on a part of them,
             as inside :func:`chain_subtrees`.
         takes_mask: Whether `inner` looks at `layer_mask` itself, as the transformations of this
-            package do. Then it hears of the steps in which a layer sleeps, by a mask that is False,
-            so that schedules of decay and radius count all steps and :func:`mvr_momentum` knows how
-            long a layer slept. Without, it does not run in these steps.
+            package do, and Optax's do not. Then it hears of the steps in which a layer sleeps, by a
+            mask that is False, so that schedules of decay and radius count all steps and
+            :func:`mvr_momentum` knows how long a layer slept. Without, it does not run in these
+            steps, and with numbers in place of schedules that is the same.
 
     Returns:
         A transformation whose `update` takes the extra argument `layer_mask` (by default all
@@ -61,8 +62,9 @@ def per_layer(
 
     Raises:
         TypeError: In `update`, if `inner` changes the dtype of its state in a stack.
-        ValueError: At `init`, for a leaf that is in no layer; in `update`, for a mask that splits a
-            layer. Both name the path.
+        ValueError: At construction, for an `inner` that does not look at the mask it is to take; at
+            `init`, for a leaf that is in no layer, or not of its stack's size; in `update`, for a
+            mask that splits a layer. All but the first name the path.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -81,11 +83,17 @@ def per_layer(
     """
     check_transformation("inner", inner)
     check_layers(layers)
+    if takes_mask and ignores_mask(inner):
+        raise ValueError(
+            "takes_mask=True is for an inner that looks at layer_mask, and the one given changes "
+            "its state in a layer that is not active, as Optax's own do: leave takes_mask out."
+        )
     inner = optax.with_extra_args_support(inner)
     units = layers.units
 
     def init_fn(params: optax.Params) -> PerLayerState:
         unit_of_leaf = layers.units_of(params)
+        _check_stacks(params, unit_of_leaf, layers)
         present = set(jax.tree.leaves(unit_of_leaf))
         states = []
         for index, unit in enumerate(units):
@@ -102,6 +110,7 @@ def per_layer(
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=bool(layers.stacks))
+        check_rows(layer_mask, layers)
         extra_args = with_second_gradient(extra_args, updates)
         unit_of_leaf = layers.units_of(updates)
         flags = _unit_flags(layer_mask, unit_of_leaf, units)
@@ -148,6 +157,20 @@ def per_layer(
         return jax.tree.unflatten(structure, leaves), PerLayerState(tuple(inner_states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_stacks(params: Any, unit_of_leaf: Any, layers: Layers) -> None:
+    """Error for a leaf of a stack without an entry for each row."""
+    leaves = map(jax.tree.leaves, (params, unit_of_leaf))
+    for path, leaf, index in zip(leaf_paths(params), *leaves, strict=True):
+        unit = layers.units[index]
+        if unit in layers.stacks and np.shape(leaf)[:1] != (len(unit.layers),):
+            raise ValueError(
+                f"Leaf '{path}' has shape {np.shape(leaf)}, and the stack '{unit.name}' "
+                f"{len(unit.layers)} layers. Is this inside another dm.per_layer, which takes the "
+                "leading axis away, as drop_muon does for its momentum and lmo? One is enough: "
+                "write the chain with dm.per_layer(optax.chain(…), layers)."
+            )
 
 
 def _cut(tree: Any, unit_of_leaf: Any, index: int) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from dropmuon_jax._layers import leaf_paths
+from dropmuon_jax._room import room_for_rows
 
 Rows = Bool[np.ndarray, " rows"] | Bool[Array, " rows"]
 
@@ -38,8 +39,9 @@ def update_rows(
     rested = [None] * len(old)
     if tells and not (isinstance(active, np.ndarray) and active.all()):
         rested = _rest(update, arguments, state)
-    shapes, _ = jax.eval_shape(lambda tree: update(*tree, awake=True), _row((arguments, state), 0))
-    updates = jax.tree.map(lambda x: jnp.zeros((len(active), *x.shape), x.dtype), shapes)
+    updates = room_for_rows(
+        lambda *row: update(*row, awake=True)[0], len(active), *_row((arguments, state), 0)
+    )
     if isinstance(active, np.ndarray):
         order, count = jnp.asarray(np.flatnonzero(active), jnp.int32), int(active.sum())
     else:
@@ -48,9 +50,9 @@ def update_rows(
     def turn(j: Array, carry: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
         updates, new = carry
         i = order[j]
-        # A row of what only this loop writes is still the old one.
-        before = [_row(n if r is None else o, i) for n, r, o in zip(new, rested, old, strict=True)]
-        row, after = update(_row(arguments, i), treedef.unflatten(before), awake=True)
+        # Read from the old state, not from what the loop writes: XLA would not see that no row is
+        # read after it is written, and copy the whole stack in every turn.
+        row, after = update(_row(arguments, i), _row(state, i), awake=True)
         _check_dtypes(state, after)
         return _write(updates, row, i), _write(new, jax.tree.leaves(after), i)
 
@@ -90,6 +92,7 @@ def _check_dtypes(old: Any, new: Any) -> None:
         if before.dtype != after.dtype:
             raise TypeError(
                 f"inner changes the dtype of its state '{path}' from {before.dtype.name} to "
-                f"{after.dtype.name}, which a loop over stacked layers cannot carry. Give the "
-                "transformation its dtype, such as mu_dtype, or gradients that of the parameters."
+                f"{after.dtype.name}, which a loop over stacked layers cannot carry. Give "
+                "gradients the dtype of the parameters, or the transformation one of its own, such "
+                "as optax.scale_by_adam(mu_dtype=…), in drop_muon as auxiliary."
             )
