@@ -47,19 +47,27 @@ def update_rows(
     else:
         order, count = jnp.nonzero(active, size=len(active))[0], jnp.sum(active)
 
-    def turn(j: Array, carry: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
-        updates, new = carry
-        i = order[j]
-        # Read from the old state, not from what the loop writes: XLA would not see that no row is
-        # read after it is written, and copy the whole stack in every turn.
-        row, after = update(_row(arguments, i), _row(state, i), awake=True)
-        _check_dtypes(state, after)
-        return _write(updates, row, i), _write(new, jax.tree.leaves(after), i)
-
     start = [o if r is None else r for o, r in zip(old, rested, strict=True)]
-    if not isinstance(count, int) or count > 0:
-        updates, start = jax.lax.fori_loop(0, count, turn, (updates, start))
-    return updates, treedef.unflatten(start)
+    if isinstance(count, int) and count == 0:
+        return updates, treedef.unflatten(start)
+
+    # What a turn computes is written at the beginning of the next. So the stack is read only after
+    # it is written, and XLA does both in place; the other way round it may copy the whole stack in
+    # every turn, as it cannot see that no row is read again.
+    def turn(j: Array, carry: tuple[Any, list[Array], list[Array], Array]) -> Any:
+        updates, new, pending, last = carry
+        new = _write(new, pending, last)
+        i = order[j]
+        before = [_row(n if r is None else o, i) for n, r, o in zip(new, rested, old, strict=True)]
+        row, after = update(_row(arguments, i), treedef.unflatten(before), awake=True)
+        _check_dtypes(state, after)
+        return _write(updates, row, i), new, jax.tree.leaves(after), i
+
+    pending = _row(start, order[0])  # as it is, for the first turn
+    updates, new, pending, last = jax.lax.fori_loop(
+        0, count, turn, (updates, start, pending, order[0])
+    )
+    return updates, treedef.unflatten(_write(new, pending, last))
 
 
 def _rest(update: Callable[..., tuple[Any, Any]], arguments: Any, state: Any) -> list[Any]:
