@@ -195,7 +195,13 @@ def test_step_by_hand_trains_rows_of_the_stack_as_the_package_does(steps_of_gpt)
     params, trained = package.arguments[0], by_hand.arguments[0]
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], params["blocks"]), frozen)
     params = {"blocks": jax.tree.map(lambda leaf: leaf[1:], params.pop("blocks")), **params}
-    chex.assert_trees_all_close({name: params[name] for name in trained}, trained, rtol=1e-5)
+    for tree in (params, trained):
+        # Its gradient is 0 but for rounding, which Adam scales to full size: softmax does not see
+        # what is added to every key.
+        del tree["blocks"]["attention"]["key"]["bias"]
+    ours = {name: params[name] for name in trained}
+    # A step moves a parameter by some 1e-3.
+    chex.assert_trees_all_close(ours, trained, atol=1e-4)
 
 
 @pytest.mark.parametrize(
