@@ -1,6 +1,6 @@
 """Layers: groups of leaves, ordered from the input to the output."""
 
-from dropmuon_jax._layers._by_path import StackedPatterns, layers_by_path, stacked
+from dropmuon_jax._layers._by_path import layers_by_path, stacked
 from dropmuon_jax._layers._by_trace import trace_layers
 from dropmuon_jax._layers._layers import Layers, Stack, check_layers
 from dropmuon_jax._layers._paths import (
@@ -16,7 +16,6 @@ __all__ = [
     "CUT_TO_THE_SUBTREE",
     "Layers",
     "Stack",
-    "StackedPatterns",
     "check_layers",
     "layers_by_path",
     "leaf_keys",
