@@ -88,6 +88,7 @@ from dropmuon_jax._sampling import (
     layer_mask_sampler,
     uniform_depth,
 )
+from dropmuon_jax._sharded import layout_table, on_mesh, state_shardings
 from dropmuon_jax._smoothness import (
     LeafSmoothness,
     SmoothnessFit,
@@ -149,6 +150,7 @@ __all__ = [
     "keep_prev_params",
     "layer_mask_sampler",
     "layers_by_path",
+    "layout_table",
     "mars_momentum",
     "masked_value_and_grad",
     "masked_value_and_grad_pair",
@@ -166,6 +168,7 @@ __all__ = [
     "norm_lmo",
     "norm_sharp",
     "nuclear_norm",
+    "on_mesh",
     "per_layer",
     "plot_smoothness",
     "polar_express_coefficients",
@@ -189,6 +192,7 @@ __all__ = [
     "spectral_sharp",
     "stacked",
     "star_convex_rate",
+    "state_shardings",
     "svd_lmo",
     "svd_sharp",
     "switch_depth",

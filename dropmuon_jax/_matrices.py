@@ -6,11 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from dropmuon_jax._checks import check_choice, check_floating
 from dropmuon_jax._layers import leaf_paths, masked_paths, match_leaves
+from dropmuon_jax._mesh import LeafSharding, axis_names
 
 LeafNumbers = MuonDimensionNumbers | Literal["conv"]
 DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
@@ -135,16 +137,59 @@ def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> MatrixShape:
     return MatrixShape(*(math.prod(leaf.shape[axis] for axis in group) for group in axes[1:]))
 
 
-def to_matrices(
-    leaf: jax.Array, axes: MatrixAxes
-) -> tuple[Float[Array, "batch fan_in fan_out"], Callable[[jax.Array], jax.Array]]:
-    """A leaf as a stack of matrices, and the way back."""
+class Blocks(NamedTuple):
+    """The matrices of a leaf before their axes are merged: what is sharded by axes still is."""
+
+    array: jax.Array
+    """Of shape (batch, *fan_in, *fan_out)."""
+    num_in: int
+    """How many axes fan-in has."""
+    placement: tuple[tuple[str, ...], ...] | None = None
+    """The axes of a mesh that shard each axis of the array; None where that is not known."""
+    rows: tuple[str, ...] = ()
+    """Those that shard the axis that `jax.vmap` has taken away, if any has."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, fan-in, fan-out)."""
+        batch, *sizes = self.array.shape
+        return batch, math.prod(sizes[: self.num_in]), math.prod(sizes[self.num_in :])
+
+    def matrices(self) -> Float[Array, "batch fan_in fan_out"]:
+        """With the axes merged."""
+        return self.array.reshape(self.shape)
+
+
+def to_blocks(
+    leaf: jax.Array, axes: MatrixAxes, sharding: LeafSharding | None = None
+) -> tuple[Blocks, Callable[[jax.Array], jax.Array]]:
+    """The matrices of a leaf that is sharded like this, and the way back from their array."""
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in axes.fan_in + axes.fan_out)
     order = batch + axes.fan_in + axes.fan_out
     moved = leaf.transpose(order)
     size = math.prod(leaf.shape[axis] for axis in batch)
+    blocks = Blocks(moved.reshape(size, *moved.shape[len(batch) :]), len(axes.fan_in))
+    if sharding is not None:
+        blocks = blocks._replace(placement=placement(axes, sharding.spec), rows=sharding.rows)
 
-    def restore(matrices: jax.Array) -> jax.Array:
-        return matrices.reshape(moved.shape).transpose(np.argsort(order))
+    def restore(array: jax.Array) -> jax.Array:
+        return array.reshape(moved.shape).transpose(np.argsort(order))
 
-    return moved.reshape(size, *matrix_shape(leaf, axes)[:2]), restore
+    return blocks, restore
+
+
+def placement(axes: MatrixAxes, spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """The axes of a mesh that shard each axis of the blocks of a leaf with this sharding."""
+    matrix = axes.fan_in + axes.fan_out
+    ndim = max(len(spec), *(axis + 1 for axis in matrix))
+    entries = [axis_names(entry) for entry in (*spec, *(None,) * ndim)]
+    batch = [entries[axis] for axis in range(ndim) if axis not in matrix]
+    return sum(batch, ()), *(entries[axis] for axis in matrix)
+
+
+def to_matrices(
+    leaf: jax.Array, axes: MatrixAxes
+) -> tuple[Float[Array, "batch fan_in fan_out"], Callable[[jax.Array], jax.Array]]:
+    """A leaf as a stack of matrices, and the way back."""
+    blocks, restore = to_blocks(leaf, axes)
+    return blocks.matrices(), restore

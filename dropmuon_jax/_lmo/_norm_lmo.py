@@ -13,13 +13,15 @@ from jaxtyping import Array
 from dropmuon_jax._checks import describe, static_int
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._matrices import (
+    Blocks,
     DimensionNumbers,
     check_dimension_numbers,
     matrix_shape,
-    to_matrices,
+    to_blocks,
 )
+from dropmuon_jax._mesh import known_shardings, on_auto_axes
 from dropmuon_jax._norms import Norm, inner
-from dropmuon_jax._orthogonalize import DEFAULT_MEMORY_LIMIT, map_stacks, working_bytes
+from dropmuon_jax._orthogonalize import DEFAULT_MEMORY_LIMIT, map_matrices, working_bytes
 from dropmuon_jax._radii import (
     AdaptiveRadius,
     Radius,
@@ -196,35 +198,46 @@ def _steepest_step(
                 )
         return RadiusState(jnp.zeros((), jnp.int32)) if scheduled else optax.EmptyState()
 
-    def directions(stacks: Sequence[Array]) -> Sequence[Array]:
+    def directions(leaves: Sequence[Blocks]) -> Sequence[Array]:
         if norm.geometry.orthogonalize is None:
-            return [norm.geometry.direction(stack) for stack in stacks]
+            return [
+                norm.geometry.direction(leaf.matrices()).reshape(leaf.array.shape)
+                for leaf in leaves
+            ]
         limit = memory_limit or DEFAULT_MEMORY_LIMIT
-        return map_stacks(norm.geometry.orthogonalize, stacks, limit)
+        return map_matrices(norm.geometry.orthogonalize, leaves, limit)
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         del params
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
-        leaves, treedef = jax.tree.flatten(updates)
-        radii = leaf_radii(name, radius, updates)
-        all_axes = norm.axes(updates, dimension_numbers)
-        active = [i for i, flag in enumerate(jax.tree.leaves(layer_mask)) if flag]
-        views = [to_matrices(leaves[i], all_axes[i]) for i in active]
-        stacks = [stack.astype(_at_least_f32(stack)) for stack, _ in views]
-        steps = [jnp.zeros_like(leaf) for leaf in leaves]
-        count = state.count if scheduled else None
-        for i, (_, restore), stack, plain in zip(
-            active, views, stacks, directions(stacks), strict=True
-        ):
-            # In float32 until the end: a bfloat16 leaf is rounded once.
-            direction = norm.factor(matrix_shape(leaves[i], all_axes[i])) * plain
-            length = lengths(radii[i], count, lambda g=stack, d=direction: inner(g, d))
-            length = length.astype(stack.dtype)
-            step = (length[:, None, None] if length.ndim else length) * direction
-            steps[i] = restore(step).astype(leaves[i].dtype)
-        if scheduled:
-            state = RadiusState(jnp.asarray(optax.safe_increment(state.count)))
-        return treedef.unflatten(steps), state
+
+        def steps_of(updates: optax.Updates, state: Any) -> tuple[optax.Updates, Any]:
+            leaves, treedef = jax.tree.flatten(updates)
+            radii = leaf_radii(name, radius, updates)
+            all_axes, shardings = norm.axes(updates, dimension_numbers), known_shardings(updates)
+            active = [i for i, flag in enumerate(jax.tree.leaves(layer_mask)) if flag]
+            views = [to_blocks(leaves[i], all_axes[i], shardings[i]) for i in active]
+            wide = [
+                view._replace(array=view.array.astype(_at_least_f32(view.array)))
+                for view, _ in views
+            ]
+            steps = [jnp.zeros_like(leaf) for leaf in leaves]
+            count = state.count if scheduled else None
+            for i, (_, restore), (grads, *_), plain in zip(
+                active, views, wide, directions(wide), strict=True
+            ):
+                # In float32 until the end: a bfloat16 leaf is rounded once.
+                direction = norm.factor(matrix_shape(leaves[i], all_axes[i])) * plain
+                length = lengths(radii[i], count, lambda g=grads, d=direction: inner(g, d))
+                length = length.astype(grads.dtype)
+                if length.ndim:
+                    length = length.reshape(-1, *(1,) * (grads.ndim - 1))
+                steps[i] = restore(length * direction).astype(leaves[i].dtype)
+            if scheduled:
+                state = RadiusState(jnp.asarray(optax.safe_increment(state.count)))
+            return treedef.unflatten(steps), state
+
+        return on_auto_axes(steps_of, updates, state, named=updates, results_like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

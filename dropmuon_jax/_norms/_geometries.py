@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dropmuon_jax._matrices import Blocks
 from dropmuon_jax._orthogonalize import (
     Orthogonalize,
     finite_or_nan,
-    map_stacks,
+    map_matrices,
     svd_polar_factor,
     to_unit_entries,
 )
@@ -67,7 +68,7 @@ def spectral(orthogonalize: Orthogonalize | None) -> Geometry:
     """‖X‖ = σ₁, ‖G‖* = Σσ, D = UVᵀ, exact or by a kernel that approximates UVᵀ."""
 
     def direction(g: Stack) -> Stack:
-        return map_stacks(orthogonalize or svd_polar_factor, [g])[0]
+        return map_matrices(orthogonalize or svd_polar_factor, [Blocks(g, num_in=1)])[0]
 
     def dual_norm(g: Stack) -> Numbers:
         return inner(g, direction(g)) if orthogonalize else _singular_values(g).sum(-1)
@@ -139,9 +140,9 @@ EUCLIDEAN = Geometry(
 )
 
 
-def inner(x: Stack, y: Stack) -> Numbers:
-    """⟨X, Y⟩ of each pair of matrices."""
-    return jnp.sum(x * y, BOTH)
+def inner(x: Float[Array, "batch ..."], y: Float[Array, "batch ..."]) -> Numbers:
+    """⟨X, Y⟩ of each pair of matrices, their axes merged or not."""
+    return jnp.sum(x * y, tuple(range(1, x.ndim)))
 
 
 def largest_singular_value(x: Stack) -> Numbers:

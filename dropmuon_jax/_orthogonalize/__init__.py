@@ -1,18 +1,27 @@
 """The polar factor UVᵀ of a matrix UΣVᵀ: polynomials, the iteration, many leaves at once."""
 
+from dropmuon_jax._orthogonalize._buckets import Kind, plan_buckets
+from dropmuon_jax._orthogonalize._layouts import Layout, LayoutCost, choose_layout, layout_cost
+from dropmuon_jax._orthogonalize._many import map_matrices
 from dropmuon_jax._orthogonalize._newton_schulz import Orthogonalize, newton_schulz
 from dropmuon_jax._orthogonalize._polynomials import Coefficients, polar_express_coefficients
 from dropmuon_jax._orthogonalize._scaling import to_unit_entries
-from dropmuon_jax._orthogonalize._stacks import DEFAULT_MEMORY_LIMIT, map_stacks, working_bytes
+from dropmuon_jax._orthogonalize._slices import DEFAULT_MEMORY_LIMIT, working_bytes
 from dropmuon_jax._orthogonalize._svd import finite_or_nan, svd_polar_factor
 
 __all__ = [
     "DEFAULT_MEMORY_LIMIT",
     "Coefficients",
+    "Kind",
+    "Layout",
+    "LayoutCost",
     "Orthogonalize",
+    "choose_layout",
     "finite_or_nan",
-    "map_stacks",
+    "layout_cost",
+    "map_matrices",
     "newton_schulz",
+    "plan_buckets",
     "polar_express_coefficients",
     "svd_polar_factor",
     "to_unit_entries",

@@ -5,6 +5,10 @@ singular vectors alone. With R = XXᵀ and H = aI + bR + cR² it is X ← HX, R 
 steps can be taken on the small R alone: Q ← QH, and X ← QX at the end of a segment.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +31,7 @@ from dropmuon_jax._orthogonalize._products import (
     cpu_products,
 )
 from dropmuon_jax._orthogonalize._scaling import to_unit_entries
-from dropmuon_jax._orthogonalize._segments import choose_segments
+from dropmuon_jax._orthogonalize._segments import choose_segments, count_products
 
 Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
 
@@ -41,7 +45,7 @@ def newton_schulz(
     start: str | None = None,
     dtype: Any = None,
     precision: jax.lax.Precision | str | None = None,
-) -> Orthogonalize:
+) -> NewtonSchulz:
     r"""The kernel of :func:`newton_schulz_lmo`: a function from matrices to their polar factors.
 
     See there for the arguments, the accuracy and the references. The function takes an array of
@@ -68,8 +72,19 @@ def newton_schulz(
         dtype = _check_dtype(dtype)
         if dtype == jnp.float16:
             _check_float16(polynomials)
+    return NewtonSchulz(polynomials, dtype, precision)
 
-    def orthogonalize(x: Array) -> Array:
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    """What :func:`newton_schulz` makes: two with the same fields are one function to `jax.jit`."""
+
+    polynomials: Polynomials
+    dtype: np.dtype | None
+    precision: jax.lax.Precision | None
+
+    def __call__(self, x: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
+        """The polar factors of the matrices."""
         if not isinstance(x, jax.Array | np.ndarray):
             raise TypeError(
                 f"newton_schulz orthogonalizes an array, got {describe(x)}. For a tree take "
@@ -82,23 +97,32 @@ def newton_schulz(
             )
         result_dtype = x.dtype
         x = x.astype(np.promote_types(x.dtype, np.float32))
-        arithmetic = x.dtype if dtype is None else dtype
+        arithmetic = x.dtype if self.dtype is None else self.dtype
         wide = x.shape[-2] <= x.shape[-1]
         x = x if wide else x.mT  # XXᵀ is the smaller of the two Gram matrices
         x = to_unit_entries(x)[0].astype(np.promote_types(arithmetic, np.float32))
         x = jax.lax.platform_dependent(
             x,
-            cpu=lambda x: _iterate(x, polynomials, cpu_products(arithmetic)),
-            tpu=lambda x: _iterate(
-                x, polynomials, accelerator_products(arithmetic, precision, BFLOAT16)
-            ),
-            default=lambda x: _iterate(
-                x, polynomials, accelerator_products(arithmetic, precision, TF32)
-            ),
+            cpu=self._iteration(cpu_products(arithmetic)),
+            tpu=self._iteration(accelerator_products(arithmetic, self.precision, BFLOAT16)),
+            default=self._iteration(accelerator_products(arithmetic, self.precision, TF32)),
         )
         return (x if wide else x.mT).astype(result_dtype)
 
-    return orthogonalize
+    def multiplications(self, num_rows: int, num_cols: int) -> tuple[int, int]:
+        """Of the products with a longer side, and of those of the size of XXᵀ; of one matrix.
+
+        On a processor that rounds as `dtype` does.
+        """
+        num_rows, num_cols = sorted((num_rows, num_cols))
+        roundoff = float(jnp.finfo(self.dtype or np.float32).eps) / 2
+        segments = choose_segments(self.polynomials.eased(roundoff), num_rows, num_cols, roundoff)
+        on_both = count_products(segments, num_rows, num_cols)
+        on_gram = count_products(segments, num_rows, 0)
+        return on_both - on_gram, on_gram
+
+    def _iteration(self, products: Products) -> Callable[[Array], Array]:
+        return functools.partial(_iterate, polynomials=self.polynomials, products=products)
 
 
 def _iterate(

@@ -19,8 +19,10 @@ from dropmuon_jax._layers import Layers, check_layers
 from dropmuon_jax._masks import check_rows, is_static, resolve_mask, where_active
 from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
 from dropmuon_jax._sampling._draws import draw_index
+from dropmuon_jax._sampling._processes import check_agreement
 
 _STEPS_PER_BLOCK = 1024  # how many steps the host draws at once
+_STEPS_TO_COMPARE = 64  # how many draws processes compare
 _LAST_STEP = 2**31 - 1
 
 
@@ -85,6 +87,23 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
         `layers.subset(active)` is the mask. Raises as :meth:`depth` does.
         """
         return tuple(self.subsets[self._index(step)].tolist())
+
+    def check_processes(self, step: int) -> None:
+        """Error unless every process of the pod is about to draw the same layers.
+
+        All processes call it, before the first step and after restoring a checkpoint: from then on
+        each draws by itself. With other depths they would run different programs, and wait for each
+        other in collectives forever. With one process it does nothing.
+
+        Args:
+            step: The next one, a Python integer.
+
+        Raises:
+            ValueError: If processes differ in seed, step, layers or distribution, saying how.
+        """
+        draws = [self._index(step + i) for i in range(_STEPS_TO_COMPARE)]
+        description = f"{self.layers}{self.subsets.tolist()}"
+        check_agreement(int(self._seed), step, draws, description)
 
     def probabilities(self, step: Array | int) -> Float[Array, " num_subsets"]:
         """The probability of each row of `subsets` at a step: of each depth."""

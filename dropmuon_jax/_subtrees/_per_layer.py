@@ -13,6 +13,7 @@ import optax
 from dropmuon_jax._checks import check_transformation
 from dropmuon_jax._layers import Layers, Stack, check_layers, leaf_paths
 from dropmuon_jax._masks import check_rows, ignores_mask, is_static, resolve_mask
+from dropmuon_jax._mesh import as_one_row, on_auto_axes
 from dropmuon_jax._subtrees._rows import update_rows
 from dropmuon_jax._subtrees._second_gradient import with_second_gradient
 
@@ -120,7 +121,9 @@ def per_layer(
         for name, value in extra_args.items():
             (trees if jax.tree.structure(value) == structure else whole)[name] = value
 
-        def update(arguments: dict[str, Any], state: Any, *, awake: bool) -> tuple[Any, Any]:
+        def update(
+            arguments: dict[str, Any], state: Any, whole: dict[str, Any] = whole, *, awake: bool
+        ) -> tuple[Any, Any]:
             of_layer = dict(arguments)
             grads, params = of_layer.pop("updates"), of_layer.pop("params", None)
             if takes_mask:
@@ -135,6 +138,23 @@ def per_layer(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             return zeros, update(arguments, state, awake=False)[1] if takes_mask else state
 
+        def update_stack(arguments: dict[str, Any], state: Any, rows: Any) -> tuple[Any, Any]:
+            flags = {"rows": rows} if isinstance(rows, jax.Array) else {}
+            arrays = {key: x for key, x in whole.items() if isinstance(x, jax.Array)}
+
+            def of_rows(
+                arguments: Any, state: Any, arrays: dict[str, Any], flags: dict[str, Any]
+            ) -> tuple[Any, Any]:
+                step = functools.partial(update, whole=whole | arrays)
+                return update_rows(
+                    step, arguments, state, flags.get("rows", rows), tells=takes_mask
+                )
+
+            grads = arguments["updates"]
+            return on_auto_axes(
+                of_rows, arguments, state, arrays, flags, named=grads, results_like=(grads, state)
+            )
+
         leaves, inner_states = jax.tree.leaves(updates), list(state.inner_states)
         unit_indices = jax.tree.leaves(unit_of_leaf)
         for index, flag in flags.items():
@@ -142,14 +162,13 @@ def per_layer(
             old = inner_states[index]
             if units[index] in layers.stacks:
                 rows = np.broadcast_to(flag, len(units[index].layers)) if is_static(flag) else flag
-                new, inner_states[index] = update_rows(
-                    update, arguments, old, rows, tells=takes_mask
-                )
+                new, inner_states[index] = update_stack(arguments, old, rows)
             elif is_static(flag):
                 new, inner_states[index] = update_layer(arguments, old, flag)
             else:  # a stack of one row, since a loop of no turn costs nothing
                 arguments, old = jax.tree.map(lambda x: x[None], (arguments, old))
-                result = update_rows(update, arguments, old, flag[None], tells=takes_mask)
+                with as_one_row(arguments["updates"]):
+                    result = update_stack(arguments, old, flag[None])
                 new, inner_states[index] = jax.tree.map(lambda x: x[0], result)
             members = [i for i, of_leaf in enumerate(unit_indices) if of_leaf == index]
             for i, leaf in zip(members, jax.tree.leaves(new), strict=True):

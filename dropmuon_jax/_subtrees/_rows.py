@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
-from dropmuon_jax._layers import leaf_paths
+from dropmuon_jax._mesh import mesh_axes
 from dropmuon_jax._room import room_for_rows
-
-Rows = Bool[np.ndarray, " rows"] | Bool[Array, " rows"]
+from dropmuon_jax._subtrees._rows_on_mesh import Rows, check_dtypes, update_rows_on_mesh
 
 
 def update_rows(
@@ -42,6 +41,8 @@ def update_rows(
     updates = room_for_rows(
         lambda *row: update(*row, awake=True)[0], len(active), *_row((arguments, state), 0)
     )
+    if mesh_axes():
+        return update_rows_on_mesh(update, arguments, state, rested, updates, active)
     if isinstance(active, np.ndarray):
         order, count = jnp.asarray(np.flatnonzero(active), jnp.int32), int(active.sum())
     else:
@@ -60,7 +61,7 @@ def update_rows(
         i = order[j]
         before = [_row(n if r is None else o, i) for n, r, o in zip(new, rested, old, strict=True)]
         row, after = update(_row(arguments, i), treedef.unflatten(before), awake=True)
-        _check_dtypes(state, after)
+        check_dtypes(state, after)
         return _write(updates, row, i), new, jax.tree.leaves(after), i
 
     pending = _row(start, order[0])  # as it is, for the first turn
@@ -91,16 +92,3 @@ def _write(tree: Any, row: Any, i: Array) -> Any:
     return jax.tree.map(
         lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, axis=0), tree, row
     )
-
-
-def _check_dtypes(old: Any, new: Any) -> None:
-    """Error for a state whose dtypes a loop could not carry."""
-    leaves = zip(leaf_paths(old), *map(jax.tree.leaves, (old, new)), strict=True)
-    for path, before, after in leaves:
-        if before.dtype != after.dtype:
-            raise TypeError(
-                f"inner changes the dtype of its state '{path}' from {before.dtype.name} to "
-                f"{after.dtype.name}, which a loop over stacked layers cannot carry. Give "
-                "gradients the dtype of the parameters, or the transformation one of its own, such "
-                "as optax.scale_by_adam(mu_dtype=…), in drop_muon as auxiliary."
-            )

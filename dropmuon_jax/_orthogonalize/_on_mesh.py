@@ -1,0 +1,151 @@
+"""Many matrices on a mesh: they move once, are iterated where they lie, and move back once."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from dropmuon_jax._matrices import Blocks
+from dropmuon_jax._mesh import current_scope, mesh_axes
+from dropmuon_jax._orthogonalize._buckets import Kind, plan_buckets, transposed_if
+from dropmuon_jax._orthogonalize._layouts import (
+    Layout,
+    axes_size,
+    choose_layout,
+    layout_cost,
+)
+from dropmuon_jax._orthogonalize._owners import Owners
+from dropmuon_jax._orthogonalize._redistribution import (
+    from_layout,
+    joined_here,
+    taken_apart,
+    to_layout,
+    with_all_matrices_here,
+)
+from dropmuon_jax._orthogonalize._slices import Checked, in_slices
+
+Stack = Float[Array, "batch rows cols"]
+
+
+def map_on_mesh(function: Checked, leaves: Sequence[Blocks], memory_limit: int) -> list[jax.Array]:
+    """As :func:`map_matrices`, of leaves that are sharded over the axes of :func:`mesh_axes`.
+
+    Leaves of one shape that are known to be sharded in different ways make a bucket each: joining
+    them would move them one by one. What is batched by `jax.vmap`, as rows of stacked layers are,
+    is more matrices of the same buckets.
+    """
+    said = current_scope()
+    kinds = tuple(Kind(leaf.num_in, leaf.placement) for leaf in leaves)
+
+    @jax.custom_batching.custom_vmap
+    def mapped(arrays: list[jax.Array]) -> list[jax.Array]:
+        return _mapped(arrays, function, memory_limit, kinds, said.layout, said.flops_per_byte)
+
+    @mapped.def_vmap
+    def _(axis_size: int, in_batched: list, arrays: list[jax.Array]) -> tuple[list, list[bool]]:
+        whole = [
+            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, is_batched in zip(arrays, in_batched[0], strict=True)
+        ]
+        flat = [_with_rows(leaf, x) for leaf, x in zip(leaves, whole, strict=True)]
+        results = map_on_mesh(function, flat, memory_limit)
+        results = [y.reshape(x.shape) for x, y in zip(whole, results, strict=True)]
+        return results, [True] * len(results)
+
+    return mapped([leaf.array for leaf in leaves])
+
+
+def _with_rows(leaf: Blocks, rows: jax.Array) -> Blocks:
+    """The leaf with an array (rows, batch, …), as more matrices."""
+    placement = leaf.placement
+    if placement is not None:
+        placement = (leaf.rows + placement[0], *placement[1:])
+    return leaf._replace(array=rows.reshape(-1, *rows.shape[2:]), placement=placement, rows=())
+
+
+# In a jit of its own because outside one JAX takes no constraint that leaves anything open.
+@functools.partial(
+    jax.jit, static_argnames=("function", "memory_limit", "kinds", "layout", "flops_per_byte")
+)
+def _mapped(
+    arrays: list[jax.Array],
+    function: Checked,
+    memory_limit: int,
+    kinds: tuple[Kind, ...],
+    layout: str,
+    flops_per_byte: float,
+) -> list[jax.Array]:
+    axes = mesh_axes()
+    owners = Owners(axes)
+    results = list(arrays)
+    for members, placement, bucket, num_in in plan_buckets(arrays, kinds):
+        oriented = [transposed_if(m.transposed, arrays[m.leaf]) for m in members]
+        batch = len(oriented[0])
+        chosen = choose_layout(function.function, bucket, axes, layout, flops_per_byte)
+        if placement is not None:
+            chosen = chosen.starting_with(placement[0])
+        cost = layout_cost(function.function, bucket._replace(num_matrices=1), axes, chosen).flops
+
+        def of_blocks(array: jax.Array, num_in: int = num_in) -> jax.Array:
+            matrices = Blocks(array, num_in).matrices()
+            is_tall = matrices.shape[1] > matrices.shape[2]
+            polar = in_slices(function, transposed_if(is_tall, matrices), memory_limit)
+            return transposed_if(is_tall, polar).reshape(array.shape)
+
+        joined = joined_here(oriented, placement)
+        mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost)
+        for member, array in zip(members, taken_apart(mapped, batch, placement), strict=True):
+            results[member.leaf] = transposed_if(member.transposed, array)
+    return results
+
+
+def _in_layout(
+    function: Callable[[jax.Array], jax.Array],
+    joined: jax.Array,
+    layout: Layout,
+    axes: Mapping[str, int],
+    owners: Owners,
+    cost: float,
+) -> jax.Array:
+    """`function` of the matrices, each where the layout has it."""
+    count, num_cols = len(joined), joined.shape[-1]
+    matrices, filled = owners.share_out(count, cost, layout.whole)
+    places = matrices.shape[1]
+    if not filled.all():
+        joined = joined[matrices.reshape(-1)]
+    # Columns of zeros change neither XXᵀ nor the others.
+    padding = -num_cols % axes_size(axes, layout.sides)
+    if padding:
+        joined = jnp.pad(joined, [(0, 0)] * (joined.ndim - 1) + [(0, padding)])
+
+    def of_one_owner(stack: jax.Array) -> jax.Array:
+        if filled.all():
+            return function(stack)
+        has_last = jnp.asarray(filled)[jax.lax.axis_index(layout.whole)]
+        last = jax.lax.cond(has_last, function, lambda x: x, stack[-1:])
+        return jnp.concatenate([function(stack[:-1]), last]) if places > 1 else last
+
+    placed = to_layout(joined, layout)
+    if layout.whole:
+        of_owner = PartitionSpec(layout.whole)
+        placed = jax.shard_map(
+            of_one_owner,
+            in_specs=of_owner,
+            out_specs=of_owner,
+            axis_names=set(layout.whole),
+            check_vma=False,
+        )(placed)
+    else:
+        placed = function(placed)
+    result = from_layout(placed, layout)[..., :num_cols]
+    if filled.all():
+        return result
+    result = with_all_matrices_here(result)
+    place_of = np.zeros(count, int)
+    taken = np.arange(places) < np.where(filled, places, places - 1)[:, None]
+    place_of[matrices[taken]] = np.flatnonzero(taken)
+    return result[place_of]

@@ -1,0 +1,80 @@
+"""A stack of matrices brought into a layout, and back, with one exchange for each axis of the mesh.
+
+XLA is told the result only, and from a stack sharded over two axes to one that is sharded over both
+along its first dimension it knows no way but to replicate it on every device. One axis after
+another it takes an all-to-all each.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from dropmuon_jax._orthogonalize._layouts import Layout
+
+_ANY = PartitionSpec.UNCONSTRAINED
+
+
+def to_layout(stack: Array, layout: Layout) -> Array:
+    """The stack in the layout; both sizes that it shards must be divisible."""
+    for placed in _stages(layout, stack.ndim):
+        stack = _constrain(stack, placed)
+    return _constrain(stack, _placed(layout, stack.ndim))
+
+
+def from_layout(stack: Array, layout: Layout) -> Array:
+    """The stack on its way back: its first axis is still shared out."""
+    stack = _constrain(stack, _placed(layout, stack.ndim))
+    for placed in reversed(_stages(layout, stack.ndim)):
+        stack = _constrain(stack, placed)
+    return stack
+
+
+def joined_here(members: list[Array], placement: tuple | None) -> Array:
+    """Arrays of one shape (batch, …) as one, each device with the parts that it has.
+
+    Matrices of one batch index stay together, so that leaves whose first axis is sharded do not
+    move. Where nothing is said, it is taken not to be.
+    """
+    joined = jnp.stack(members, axis=1)
+    joined = _constrain(joined, _at_rest(placement, joined.ndim))
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def with_all_matrices_here(joined: Array) -> Array:
+    """The joined arrays, of every matrix a part on each device."""
+    return _constrain(joined, (None,))
+
+
+def taken_apart(joined: Array, batch: int, placement: tuple | None) -> list[Array]:
+    """The arrays of :func:`joined_here`, each device with the parts that it had."""
+    apart = joined.reshape(batch, -1, *joined.shape[1:])
+    apart = _constrain(apart, _at_rest(placement, apart.ndim))
+    return [apart[:, i] for i in range(apart.shape[1])]
+
+
+def _at_rest(placement: tuple | None, ndim: int) -> tuple:
+    """What shards each axis of arrays stacked along the second."""
+    if placement is None:
+        return (None, None)
+    batch, *sides = placement
+    return (batch or None, None, *(side or None for side in sides))
+
+
+def _placed(layout: Layout, ndim: int) -> tuple:
+    """What shards each axis in the layout."""
+    return (layout.whole or None, *(None,) * (ndim - 2), layout.sides or None)
+
+
+def _stages(layout: Layout, ndim: int) -> list[tuple]:
+    """What is placed after each exchange."""
+    whole, sides = layout.whole, layout.sides
+    stages: list[tuple] = [(whole[: i + 1],) for i in range(len(whole))]
+    between = (_ANY,) * (ndim - 2)
+    return stages + [(whole or None, *between, sides[: i + 1]) for i in range(len(sides))]
+
+
+def _constrain(stack: Array, placed: tuple) -> Array:
+    """With these axes placed, and the rest where XLA finds it."""
+    rest = (_ANY,) * (stack.ndim - len(placed))
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(*placed, *rest))
