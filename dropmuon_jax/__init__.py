@@ -88,7 +88,13 @@ from dropmuon_jax._sampling import (
     layer_mask_sampler,
     uniform_depth,
 )
-from dropmuon_jax._sharded import layout_table, on_mesh, state_shardings
+from dropmuon_jax._sharded import (
+    LayoutPlan,
+    ShapeLayout,
+    on_mesh,
+    plan_layouts,
+    state_shardings,
+)
 from dropmuon_jax._smoothness import (
     LeafSmoothness,
     SmoothnessFit,
@@ -113,6 +119,7 @@ __all__ = [
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "Layers",
+    "LayoutPlan",
     "LeafSmoothness",
     "MVRMomentumState",
     "MarsMomentumState",
@@ -121,6 +128,7 @@ __all__ = [
     "PerLayerState",
     "PrevParamsState",
     "RadiusState",
+    "ShapeLayout",
     "SmoothnessFit",
     "SmoothnessRecord",
     "SmoothnessSamples",
@@ -150,7 +158,6 @@ __all__ = [
     "keep_prev_params",
     "layer_mask_sampler",
     "layers_by_path",
-    "layout_table",
     "mars_momentum",
     "masked_value_and_grad",
     "masked_value_and_grad_pair",
@@ -170,6 +177,7 @@ __all__ = [
     "nuclear_norm",
     "on_mesh",
     "per_layer",
+    "plan_layouts",
     "plot_smoothness",
     "polar_express_coefficients",
     "prev_params",

@@ -130,9 +130,7 @@ def _is_of(
     if kind == "auto":
         # Sums of XXᵀ are all that a Newton-Schulz iteration needs of the others; an SVD, or a
         # function of the user's, would need the matrix.
-        can_share_sides = isinstance(function, NewtonSchulz) and bucket.has_sides
-        divides = bucket.num_cols % axes_size(axes, layout.sides) == 0
-        return not layout.sides or (can_share_sides and divides)
+        return not layout.sides or (isinstance(function, NewtonSchulz) and bucket.has_sides)
     if kind == "rows":
         return len(layout.sides) == len(axes)
     return layout.name == kind

@@ -25,6 +25,7 @@ from dropmuon_jax._orthogonalize._redistribution import (
     taken_apart,
     to_layout,
     with_all_matrices_here,
+    with_whole_rows_here,
 )
 from dropmuon_jax._orthogonalize._slices import Checked, in_slices
 
@@ -141,7 +142,9 @@ def _in_layout(
         )(placed)
     else:
         placed = function(placed)
-    result = from_layout(placed, layout)[..., :num_cols]
+    result = from_layout(placed, layout)
+    if padding:
+        result = with_whole_rows_here(result)[..., :num_cols]
     if filled.all():
         return result
     result = with_all_matrices_here(result)

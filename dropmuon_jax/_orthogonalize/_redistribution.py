@@ -46,6 +46,11 @@ def with_all_matrices_here(joined: Array) -> Array:
     return _constrain(joined, (None,))
 
 
+def with_whole_rows_here(joined: Array) -> Array:
+    """The joined arrays, whose last axis has a length that leaves cannot be sharded by."""
+    return _constrain(joined, (*(_ANY,) * (joined.ndim - 1), None))
+
+
 def taken_apart(joined: Array, batch: int, placement: tuple | None) -> list[Array]:
     """The arrays of :func:`joined_here`, each device with the parts that it had."""
     apart = joined.reshape(batch, -1, *joined.shape[1:])

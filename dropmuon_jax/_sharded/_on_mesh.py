@@ -36,7 +36,7 @@ def on_mesh(
     leading axis is sharded stay where they are, where otherwise they are gathered. What is computed
     is the same either way.
 
-    **Layouts**, for each shape of matrices on its own; :func:`layout_table` prints the choice:
+    **Layouts**, for each shape of matrices on its own; :func:`plan_layouts` shows the choice:
 
     * "owner": each device has whole matrices. Those of a shape are shared out evenly, what is left
       to the devices with the least work so far;
