@@ -1,7 +1,8 @@
 """A short training run that saves or resumes, for test_checkpoint.py to start in processes.
 
-python checkpointed_run.py START STOP CHECKPOINT_DIR runs the steps START … STOP - 1, from the
-checkpoint unless START is 0, saves, and prints the depths that it drew.
+python checkpointed_run.py START STOP CHECKPOINT_DIR [SAVE…] runs the steps START … STOP - 1, from
+the checkpoint unless START is 0, saves at the end and before the steps SAVE, and prints the depths
+that it drew.
 """
 
 import functools
@@ -34,7 +35,7 @@ def loss_fn(params, x, y):
     return jnp.mean((x @ params["head"]["kernel"] + params["head"]["bias"] - y) ** 2)
 
 
-def run(start: int, stop: int, directory: Path) -> list[int]:
+def run(start: int, stop: int, directory: Path, saves: tuple[int, ...] = ()) -> list[int]:
     params = init_params()
     layers = dm.layers_by_path(params, ["stem", "mid", "head"])
     tx = dm.drop_muon(optax.linear_schedule(0.1, 0.0, 20), layers, dm.epoch_shift_depth(20), seed=9)
@@ -51,17 +52,23 @@ def run(start: int, stop: int, directory: Path) -> list[int]:
         updates, state = tx.update(grads, state, params, layer_mask=mask)
         return optax.apply_updates(params, updates), state
 
+    def save(step):
+        checkpointer.save(directory / str(step), {"params": params, "state": state})
+        checkpointer.wait_until_finished()  # the next step overwrites what is saved
+
     depths = []
     # The step to resume from is in the state itself.
     for step in range(int(optax.tree.get(state, "LayerMaskSamplerState").count), stop):
+        if step in saves:
+            save(step)
         x_key, y_key = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
         x, y = jax.random.normal(x_key, (5, 6, 6, 1)), jax.random.normal(y_key, (5, 3))
         depths.append(tx.depth(step))
         params, state = train_step(params, state, x, y, depth=depths[-1])
-    checkpointer.save(directory / str(stop), {"params": params, "state": state})
-    checkpointer.wait_until_finished()
+    save(stop)
     return depths
 
 
 if __name__ == "__main__":
-    print(run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
+    start, stop, directory, *saves = sys.argv[1:]
+    print(run(int(start), int(stop), Path(directory), tuple(map(int, saves))))

@@ -10,6 +10,9 @@ import depth_cost
 import two_gradients
 from steps_by_depth import DepthSettings, make_subject, step_by_hand, step_of_package
 
+# XLA rewrites and fuses as ever, so what it counts is the same: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = DepthSettings(
     Path(), batch_size=4, channels=(4, 8), widths=(16,), transformer_width=16, repetitions=0
 )
