@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+# They run in processes of their own, started by test_on_eight_devices.py.
+collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
+
 
 @pytest.fixture
 def strict_promotion():

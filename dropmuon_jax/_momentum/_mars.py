@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool
 
 from dropmuon_jax._checks import check_floating, check_nonnegative, check_positive
 from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._mesh import on_auto_axes
 from dropmuon_jax._momentum._schedules import check_decay_or_schedule
 from dropmuon_jax._norms import euclidean_norm
 
@@ -90,6 +91,9 @@ def mars_momentum(
 
     frobenius = euclidean_norm()
 
+    def shortened(c: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.where(frobenius.norm(c) > limit, limit * frobenius.direction(c), c)
+
     def init_fn(params: optax.Params) -> MarsMomentumState:
         def zeros() -> optax.Updates:
             return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
@@ -113,7 +117,7 @@ def mars_momentum(
             c = g + jnp.asarray(gamma, m.dtype) * beta / (1 - beta) * correction
             if max_norm is not None:
                 limit = jnp.asarray(max_norm, m.dtype)
-                c = jnp.where(frobenius.norm(c) > limit, limit * frobenius.direction(c), c)
+                c = on_auto_axes(shortened, c, limit, named=(), results_like=c)
             return beta * m + (1 - beta) * c
 
         treedef, structure = jax.tree.structure(state.momentum), jax.tree.structure(updates)

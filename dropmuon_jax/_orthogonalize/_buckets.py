@@ -66,6 +66,7 @@ def plan_buckets(arrays: Sequence[Any], kinds: Sequence[Kind]) -> list[Group]:
             num_cols=max(fan_in, fan_out),
             itemsize=dtype.itemsize,
             has_sides=len(sides) == 2,
+            owners=placement[0] if placement else (),
         )
         planned.append(Group(members, placement, bucket, num_in))
     return sorted(planned, key=lambda group: -group.bucket.num_rows * group.bucket.num_cols)

@@ -52,6 +52,8 @@ class Bucket(NamedTuple):
     itemsize: int
     has_sides: bool = True
     """Whether their longer side is one axis of an array; of a convolution it is several."""
+    owners: tuple[str, ...] = ()
+    """The axes that share out whole matrices already, where leaves are at rest."""
 
 
 def choose_layout(
@@ -82,8 +84,8 @@ def layout_cost(
 ) -> LayoutCost:
     """Operations and bytes of the busiest device.
 
-    A matrix that comes to be owned leaves each device's part of it and returns to it. How leaves
-    are sharded at rest is taken to be evenly, over all axes.
+    A matrix that comes to be owned leaves each device's part of it and returns to it. Leaves are
+    taken to be sharded evenly over all axes, except those whose matrices are owned already.
     """
     owners, parts = axes_size(axes, layout.whole), axes_size(axes, layout.sides)
     devices = axes_size(axes, tuple(axes))
@@ -93,6 +95,8 @@ def layout_cost(
     there = held * matrix_bytes / parts * (1 - 1 / devices)
     # Empty places travel too, and what is replicated needs only be cut.
     back = held * owners * matrix_bytes / devices if owners * parts > 1 else 0
+    if bucket.owners and set(bucket.owners) == set(layout.whole) and parts == 1:
+        there = back = 0
     sums = 0.0
     if parts > 1:
         segments = long / (2 * bucket.num_rows**2 * bucket.num_cols)

@@ -87,8 +87,7 @@ def _mapped(
         oriented = [transposed_if(m.transposed, arrays[m.leaf]) for m in members]
         batch = len(oriented[0])
         chosen = choose_layout(function.function, bucket, axes, layout, flops_per_byte)
-        if placement is not None:
-            chosen = chosen.starting_with(placement[0])
+        chosen = chosen.starting_with(bucket.owners)
         cost = layout_cost(function.function, bucket._replace(num_matrices=1), axes, chosen).flops
 
         def of_blocks(array: jax.Array, num_in: int = num_in) -> jax.Array:
@@ -98,7 +97,7 @@ def _mapped(
             return transposed_if(is_tall, polar).reshape(array.shape)
 
         joined = joined_here(oriented, placement)
-        mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost)
+        mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost, bucket.owners)
         for member, array in zip(members, taken_apart(mapped, batch, placement), strict=True):
             results[member.leaf] = transposed_if(member.transposed, array)
     return results
@@ -111,13 +110,15 @@ def _in_layout(
     axes: Mapping[str, int],
     owners: Owners,
     cost: float,
+    owners_at_rest: tuple[str, ...],
 ) -> jax.Array:
     """`function` of the matrices, each where the layout has it."""
     count, num_cols = len(joined), joined.shape[-1]
     matrices, filled = owners.share_out(count, cost, layout.whole)
     places = matrices.shape[1]
+    at_rest = len(owners_at_rest) if layout.whole[: len(owners_at_rest)] == owners_at_rest else 0
     if not filled.all():
-        joined = joined[matrices.reshape(-1)]
+        joined, at_rest = joined[matrices.reshape(-1)], 0
     # Columns of zeros change neither XXᵀ nor the others.
     padding = -num_cols % axes_size(axes, layout.sides)
     if padding:
@@ -130,7 +131,7 @@ def _in_layout(
         last = jax.lax.cond(has_last, function, lambda x: x, stack[-1:])
         return jnp.concatenate([function(stack[:-1]), last]) if places > 1 else last
 
-    placed = to_layout(joined, layout)
+    placed = to_layout(joined, layout, at_rest)
     if layout.whole:
         of_owner = PartitionSpec(layout.whole)
         placed = jax.shard_map(
@@ -142,7 +143,7 @@ def _in_layout(
         )(placed)
     else:
         placed = function(placed)
-    result = from_layout(placed, layout)
+    result = from_layout(placed, layout, at_rest)
     if padding:
         result = with_whole_rows_here(result)[..., :num_cols]
     if filled.all():

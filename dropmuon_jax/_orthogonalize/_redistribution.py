@@ -15,17 +15,20 @@ from dropmuon_jax._orthogonalize._layouts import Layout
 _ANY = PartitionSpec.UNCONSTRAINED
 
 
-def to_layout(stack: Array, layout: Layout) -> Array:
-    """The stack in the layout; both sizes that it shards must be divisible."""
-    for placed in _stages(layout, stack.ndim):
+def to_layout(stack: Array, layout: Layout, at_rest: int = 0) -> Array:
+    """The stack in the layout; both sizes that it shards must be divisible.
+
+    `at_rest` is how many of the axes that share out matrices do so already.
+    """
+    for placed in _stages(layout, stack.ndim, at_rest):
         stack = _constrain(stack, placed)
     return _constrain(stack, _placed(layout, stack.ndim))
 
 
-def from_layout(stack: Array, layout: Layout) -> Array:
+def from_layout(stack: Array, layout: Layout, at_rest: int = 0) -> Array:
     """The stack on its way back: its first axis is still shared out."""
     stack = _constrain(stack, _placed(layout, stack.ndim))
-    for placed in reversed(_stages(layout, stack.ndim)):
+    for placed in reversed(_stages(layout, stack.ndim, at_rest)):
         stack = _constrain(stack, placed)
     return stack
 
@@ -71,10 +74,10 @@ def _placed(layout: Layout, ndim: int) -> tuple:
     return (layout.whole or None, *(None,) * (ndim - 2), layout.sides or None)
 
 
-def _stages(layout: Layout, ndim: int) -> list[tuple]:
+def _stages(layout: Layout, ndim: int, at_rest: int) -> list[tuple]:
     """What is placed after each exchange."""
     whole, sides = layout.whole, layout.sides
-    stages: list[tuple] = [(whole[: i + 1],) for i in range(len(whole))]
+    stages: list[tuple] = [(whole[: i + 1],) for i in range(max(0, at_rest - 1), len(whole))]
     between = (_ANY,) * (ndim - 2)
     return stages + [(whole or None, *between, sides[: i + 1]) for i in range(len(sides))]
 

@@ -20,6 +20,7 @@ from dropmuon_jax._matrices import (
     matrix_shape,
     to_matrices,
 )
+from dropmuon_jax._mesh import on_auto_axes
 from dropmuon_jax._norms import Norm
 
 Numbers = Float[Array, " matrices"]
@@ -180,41 +181,55 @@ def track_smoothness(
         active = np.array(jax.tree.leaves(layer_mask), bool)
         all_axes = norm.axes(updates, dimension_numbers)
 
-        def remember(old: RememberedPoint) -> RememberedPoint:
-            return RememberedPoint(
-                _overwrite(old.params, params, active),
-                _overwrite(old.gradients, updates, active),
-                jnp.asarray(active),
-            )
+        def measured(
+            updates: optax.Updates, state: SmoothnessState, params: Any, second: Any
+        ) -> tuple[RememberedPoint, SmoothnessSample]:
+            def remember(old: RememberedPoint) -> RememberedPoint:
+                return RememberedPoint(
+                    _overwrite(old.params, params, active),
+                    _overwrite(old.gradients, updates, active),
+                    jnp.asarray(active),
+                )
 
-        def take_sample(old: RememberedPoint) -> SmoothnessSample:
-            old_gradients = old.gradients if prev_params_grads is None else prev_params_grads
-            trees = (updates, old_gradients, params, old.params)
-            leaves = list(zip(*map(jax.tree.leaves, trees), strict=True))
-            leaf_of_matrix = _leaf_of_matrix(jax.tree.leaves(params), all_axes)
-            dual_norm = smoothness = jnp.full_like(state.sample.smoothness, -1)
-            for members in _of_one_shape(jax.tree.leaves(params), all_axes, active):
-                matrices = np.flatnonzero(np.isin(leaf_of_matrix, members))
-                of_members = _measure(norm, [(leaves[i], all_axes[i]) for i in members])
-                dual_norm = dual_norm.at[matrices].set(of_members[0])
-                smoothness = smoothness.at[matrices].set(of_members[1])
-            known = old.active[leaf_of_matrix] & (smoothness >= 0)
-            return SmoothnessSample(
-                state.count, jnp.where(known, dual_norm, -1), jnp.where(known, smoothness, -1)
-            )
+            def take_sample(old: RememberedPoint) -> SmoothnessSample:
+                old_gradients = old.gradients if second is None else second
+                trees = (updates, old_gradients, params, old.params)
+                leaves = list(zip(*map(jax.tree.leaves, trees), strict=True))
+                leaf_of_matrix = _leaf_of_matrix(jax.tree.leaves(params), all_axes)
+                dual_norm = smoothness = jnp.full_like(state.sample.smoothness, -1)
+                for members in _of_one_shape(jax.tree.leaves(params), all_axes, active):
+                    matrices = np.flatnonzero(np.isin(leaf_of_matrix, members))
+                    of_members = _measure(norm, [(leaves[i], all_axes[i]) for i in members])
+                    dual_norm = dual_norm.at[matrices].set(of_members[0])
+                    smoothness = smoothness.at[matrices].set(of_members[1])
+                known = old.active[leaf_of_matrix] & (smoothness >= 0)
+                return SmoothnessSample(
+                    state.count, jnp.where(known, dual_norm, -1), jnp.where(known, smoothness, -1)
+                )
 
-        remembered, sample = state.remembered, state.sample
-        if every == 1:
-            sample = take_sample(remembered)
-            remembered = remember(remembered)
-        else:
-            phase = state.count % every
-            # Two conditionals, in this order: XLA keeps what is remembered where it is. In the
-            # other order, or in one conditional, it copied all of it in every step.
-            remembered = jax.lax.cond(phase == 0, remember, lambda old: old, remembered)
-            sample = jax.lax.cond(
-                phase == 1, lambda _: take_sample(remembered), lambda old: old, sample
-            )
+            remembered, sample = state.remembered, state.sample
+            if every == 1:
+                sample = take_sample(remembered)
+                remembered = remember(remembered)
+            else:
+                phase = state.count % every
+                # Two conditionals, in this order: XLA keeps what is remembered where it is. In the
+                # other order, or in one conditional, it copied all of it in every step.
+                remembered = jax.lax.cond(phase == 0, remember, lambda old: old, remembered)
+                sample = jax.lax.cond(
+                    phase == 1, lambda _: take_sample(remembered), lambda old: old, sample
+                )
+            return remembered, sample
+
+        remembered, sample = on_auto_axes(
+            measured,
+            updates,
+            state,
+            params,
+            prev_params_grads,
+            named=updates,
+            results_like=(state.remembered, state.sample),
+        )
         count = jnp.asarray(optax.safe_increment(state.count))
         state = SmoothnessState(count, remembered, sample, state.leaf_of_matrix)
         return map_active(lambda update: update, layer_mask, updates), state

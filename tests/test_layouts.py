@@ -1,0 +1,132 @@
+"""Which device iterates which matrix: shared out evenly, in the layout that counts least."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dropmuon_jax as dm
+from dropmuon_jax._orthogonalize._owners import Owners
+
+MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    axes=st.sampled_from(MESHES),
+    counts=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_each_matrix_has_one_owner_and_all_owners_as_much_work_as_can_be(axes, counts, data):
+    owners = Owners(axes)
+    costs = sorted((data.draw(st.integers(1, 9)) for _ in counts), reverse=True)
+    names = data.draw(st.permutations(list(axes)))
+    for count, cost in zip(counts, costs, strict=True):
+        matrices, filled = owners.share_out(count, cost, tuple(names))
+        held = [
+            row if full else row[:-1] for row, full in zip(matrices.tolist(), filled, strict=True)
+        ]
+        assert sorted(itertools.chain(*held)) == list(range(count))
+        assert matrices.shape == (8, -(-count // 8))
+    work = owners.work
+    assert work.sum() == pytest.approx(np.dot(counts, costs))
+    # Equal but for what one matrix is: no device could give one away and be better off.
+    assert work.max() - work.min() <= max(costs)
+
+
+def test_what_is_left_of_one_shape_goes_where_another_left_least():
+    owners = Owners({"fsdp": 8})
+    _, first = owners.share_out(3, 2.0, ("fsdp",))
+    _, second = owners.share_out(5, 1.0, ("fsdp",))
+    assert not (first & second).any()
+    assert owners.work.max() == 2.0
+
+
+def test_owners_on_one_axis_of_two_have_the_work_on_all_devices_of_the_other():
+    owners = Owners({"fsdp": 4, "tensor": 2})
+    owners.share_out(2, 1.0, ("tensor",))
+    np.testing.assert_array_equal(owners.work, np.ones((4, 2)))
+    owners.share_out(1, 1.0, ("tensor", "fsdp"))
+    assert owners.work.sum() == 9
+
+
+def shapes(**sizes: tuple[int, tuple[int, int]]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        f"{name}{i}": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, (count, shape) in sizes.items()
+        for i in range(count)
+    }
+
+
+def test_whole_matrices_are_owned_where_there_are_enough():
+    (plan,) = dm.plan_layouts(shapes(w=(48, (1024, 1024))), AbstractMesh((8,), ("fsdp",)))
+    assert (plan.layout, plan.owner_axes, plan.matrices_held) == ("owner", ("fsdp",), 6)
+    # Each matrix leaves and returns once: 7/8 of what a device will hold comes from elsewhere.
+    assert plan.bytes_received == 6 * 1024**2 * 4 * (7 / 8 + 1)
+    assert plan.slowdowns["owner"] == 1 <= min(plan.slowdowns.values())
+
+
+def test_with_more_devices_than_matrices_bytes_do_not_grow():
+    params = shapes(w=(8, (1024, 1024)))
+    few, many = (
+        dm.plan_layouts(params, AbstractMesh((data, 8), ("data", "fsdp")))[0] for data in (1, 64)
+    )
+    assert many.flops == few.flops
+    assert many.bytes_received <= few.bytes_received * 8 / 7
+
+
+def test_one_large_oblong_matrix_is_cut_along_its_longer_side():
+    (plan,) = dm.plan_layouts(shapes(head=(1, (768, 50257))), AbstractMesh((8,), ("fsdp",)))
+    assert (plan.layout, plan.row_axes) == ("rows", ("fsdp",))
+    assert plan.slowdowns["owner"] > 3
+
+
+def test_a_slow_network_replicates_small_matrices():
+    params, mesh = shapes(w=(2, (16, 16))), AbstractMesh((8,), ("fsdp",))
+    (fast,) = dm.plan_layouts(params, mesh, flops_per_byte=1.0)
+    (slow,) = dm.plan_layouts(params, mesh, flops_per_byte=1e9)
+    assert slow.layout == "replicated" != fast.layout
+
+
+@pytest.mark.parametrize("flops_per_byte", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("layout", ["auto", "owner", "rows", "replicated"])
+def test_the_automatic_layout_is_never_slower_by_its_own_count(layout, flops_per_byte):
+    params = shapes(a=(3, (256, 256)), b=(9, (256, 1024)), c=(1, (64, 8000)))
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
+    for of_shape in dm.plan_layouts(params, mesh, flops_per_byte=flops_per_byte):
+        assert of_shape.slowdowns.get(layout, 1.0) >= 1 - 1e-12
+
+
+def test_an_svd_is_not_cut():
+    plan = dm.plan_layouts(
+        shapes(head=(1, (768, 50257))),
+        AbstractMesh((8,), ("fsdp",)),
+        orthogonalize=lambda x: x,
+    )
+    assert plan[0].layout == "replicated"
+
+
+def test_masks_stacks_and_shardings_are_planned_as_they_will_run():
+    stack = jax.ShapeDtypeStruct((12, 64, 64), jnp.float32)
+    params = {"blocks": {"query": stack, "out": stack}, "bias": jax.ShapeDtypeStruct((4,), "f4")}
+    layers = dm.layers_by_path(params, [dm.stacked("blocks"), "bias"])
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
+    specs = {"query": P(None, "fsdp", "tensor"), "out": P(None, "tensor", "fsdp")}
+    placed = {
+        "blocks": {name: NamedSharding(mesh, spec) for name, spec in specs.items()},
+        "bias": NamedSharding(mesh, P()),
+    }
+    (plan,) = dm.plan_layouts(params, placed, layers=layers)  # one of them is transposed
+    assert plan.num_matrices == 24
+    (plan,) = dm.plan_layouts(params, placed, layers=layers, layer_mask=layers.mask(9))
+    assert plan.num_matrices == 6
+    assert not dm.plan_layouts(params, placed, layers=layers, layer_mask=layers.mask(12))
+    rows = jax.tree.map(lambda _: NamedSharding(mesh, P(("fsdp", "tensor"))), placed["blocks"])
+    (plan,) = dm.plan_layouts(params, placed | {"blocks": rows}, layers=layers)
+    assert (plan.layout, plan.bytes_received) == ("owner", 0)
