@@ -103,6 +103,13 @@ def test_the_automatic_layout_is_never_slower_by_its_own_count(layout, flops_per
         assert of_shape.slowdowns.get(layout, 1.0) >= 1 - 1e-12
 
 
+@pytest.mark.parametrize("layout", ["auto", "owner", "rows", "replicated"])
+def test_one_device_has_everything(layout):
+    mesh = AbstractMesh((1, 1), ("data", "fsdp"))
+    (plan,) = dm.plan_layouts(shapes(w=(3, (64, 64))), mesh, layout=layout)
+    assert (plan.layout, plan.matrices_held, plan.bytes_received) == ("replicated", 3, 0)
+
+
 def test_an_svd_is_not_cut():
     plan = dm.plan_layouts(
         shapes(head=(1, (768, 50257))),

@@ -70,7 +70,7 @@ def choose_layout(
         layout for layout in _layouts(axes) if _is_of(kind, layout, function, bucket, axes)
     ]
     return min(
-        candidates,
+        candidates or [Layout()],  # of one device
         key=lambda layout: (
             layout_cost(function, bucket, axes, layout).time(flops_per_byte),
             len(layout.sides),

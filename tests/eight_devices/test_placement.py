@@ -1,5 +1,7 @@
 """How users run on a mesh: set, given, explicit, inside shard_map; where state lies."""
 
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -165,6 +167,16 @@ def test_the_host_draws_under_a_mesh_too():
             assert [sampler.depth(step) for step in range(5)] == expected
             assert [int(jax.jit(sampler.sample)(step)) for step in range(5)] == expected
             sampler.check_processes(0)
+
+
+def test_the_example_of_the_readme_shards_and_learns():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"^### On a mesh.*?^```python\n(.+?)^```", readme, re.M | re.S)
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "README.md, On a mesh", "exec"), namespace)
+    assert namespace["losses"][-1] < 0.7 * namespace["losses"][0]
+    assert namespace["params"]["up_0"]["kernel"].sharding.spec == P("fsdp", None)
+    assert namespace["opt_state"] is not None
 
 
 def test_a_replicated_leaf_says_where_it_is():
