@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dropmuon_jax as dm
-from dropmuon_jax._orthogonalize._owners import Owners
+from dropmuon_jax._many_matrices._owners import Owners
 
 MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from dropmuon_jax._checks import describe, static_int
+from dropmuon_jax._many_matrices import DEFAULT_MEMORY_LIMIT, map_matrices, working_bytes
 from dropmuon_jax._masks import resolve_mask
 from dropmuon_jax._matrices import (
     Blocks,
@@ -21,7 +22,6 @@ from dropmuon_jax._matrices import (
 )
 from dropmuon_jax._mesh import known_shardings, on_auto_axes
 from dropmuon_jax._norms import Norm, inner
-from dropmuon_jax._orthogonalize import DEFAULT_MEMORY_LIMIT, map_matrices, working_bytes
 from dropmuon_jax._radii import (
     AdaptiveRadius,
     Radius,

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dropmuon_jax._many_matrices import map_matrices
 from dropmuon_jax._matrices import Blocks
 from dropmuon_jax._orthogonalize import (
     Orthogonalize,
     finite_or_nan,
-    map_matrices,
     svd_polar_factor,
     to_unit_entries,
 )

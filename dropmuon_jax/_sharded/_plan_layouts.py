@@ -12,19 +12,18 @@ from jax.sharding import AbstractMesh, Mesh
 from dropmuon_jax._checks import check_choice, check_positive
 from dropmuon_jax._labels import matrix_labels
 from dropmuon_jax._layers import Layers, leaf_paths
-from dropmuon_jax._masks import resolve_mask
-from dropmuon_jax._matrices import DimensionNumbers, matrix_axes, placement, to_blocks
-from dropmuon_jax._mesh import LAYOUTS, LeafSharding
-from dropmuon_jax._orthogonalize import (
+from dropmuon_jax._many_matrices import (
     Bucket,
     Kind,
-    Orthogonalize,
     axes_size,
     choose_layout,
     layout_cost,
-    newton_schulz,
     plan_buckets,
 )
+from dropmuon_jax._masks import resolve_mask
+from dropmuon_jax._matrices import DimensionNumbers, matrix_axes, placement, to_blocks
+from dropmuon_jax._mesh import LAYOUTS, LeafSharding
+from dropmuon_jax._orthogonalize import Orthogonalize, newton_schulz
 from dropmuon_jax._sharded._on_mesh import read_mesh
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dropmuon_jax._orthogonalize._layouts import Bucket
+from dropmuon_jax._many_matrices._layouts import Bucket
 
 Placement = tuple[tuple[str, ...], ...]
 """The axes that shard each axis of an array (batch, *fan_in, *fan_out)."""

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dropmuon_jax._many_matrices._on_mesh import map_on_mesh
+from dropmuon_jax._many_matrices._slices import DEFAULT_MEMORY_LIMIT, Checked, in_slices
 from dropmuon_jax._matrices import Blocks
 from dropmuon_jax._mesh import mesh_axes
-from dropmuon_jax._orthogonalize._on_mesh import map_on_mesh
-from dropmuon_jax._orthogonalize._slices import DEFAULT_MEMORY_LIMIT, Checked, in_slices
 
 Stack = Float[Array, "batch rows cols"]
 

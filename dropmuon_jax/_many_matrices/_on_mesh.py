@@ -9,17 +9,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from dropmuon_jax._matrices import Blocks
-from dropmuon_jax._mesh import current_scope, mesh_axes
-from dropmuon_jax._orthogonalize._buckets import Kind, plan_buckets, transposed_if
-from dropmuon_jax._orthogonalize._layouts import (
+from dropmuon_jax._many_matrices._buckets import Kind, plan_buckets, transposed_if
+from dropmuon_jax._many_matrices._layouts import (
     Layout,
     axes_size,
     choose_layout,
     layout_cost,
 )
-from dropmuon_jax._orthogonalize._owners import Owners
-from dropmuon_jax._orthogonalize._redistribution import (
+from dropmuon_jax._many_matrices._owners import Owners
+from dropmuon_jax._many_matrices._redistribution import (
     from_layout,
     joined_here,
     taken_apart,
@@ -27,7 +25,9 @@ from dropmuon_jax._orthogonalize._redistribution import (
     with_all_matrices_here,
     with_whole_rows_here,
 )
-from dropmuon_jax._orthogonalize._slices import Checked, in_slices
+from dropmuon_jax._many_matrices._slices import Checked, in_slices
+from dropmuon_jax._matrices import Blocks
+from dropmuon_jax._mesh import current_scope, mesh_axes
 
 Stack = Float[Array, "batch rows cols"]
 

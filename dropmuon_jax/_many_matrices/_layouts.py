@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dropmuon_jax._orthogonalize._newton_schulz import NewtonSchulz, newton_schulz
+from dropmuon_jax._orthogonalize import NewtonSchulz, newton_schulz
 
 
 class Layout(NamedTuple):

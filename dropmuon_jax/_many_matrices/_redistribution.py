@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from dropmuon_jax._orthogonalize._layouts import Layout
+from dropmuon_jax._many_matrices._layouts import Layout
 
 _ANY = PartitionSpec.UNCONSTRAINED
 
