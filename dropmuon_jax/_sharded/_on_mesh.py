@@ -49,8 +49,9 @@ def on_mesh(
       longer sides, or nothing, so that with more devices than matrices the bytes do not grow.
 
     Args:
-        transformation: Any; what it says holds for all that is inside. `update` is to run in
-            `jax.jit`.
+        transformation: Any; what is said here holds for all that is inside. `update` is to run in
+            `jax.jit`, and its arguments to lie on the mesh, `jax.device_put(params, shardings)`:
+            of others XLA says that a `GlobalToLocalShape` is not implemented.
         mesh: A `jax.sharding.Mesh`, or a tree of `jax.sharding.NamedSharding` with the structure of
             the parameters, which has the mesh too; None for the mesh of `jax.set_mesh`.
         layout: "auto", "owner", "rows" or "replicated".

@@ -1,0 +1,1 @@
+"""Training over several processes on one machine, for test_pods.py."""
