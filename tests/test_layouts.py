@@ -68,8 +68,15 @@ def test_whole_matrices_are_owned_where_there_are_enough():
     (plan,) = dm.plan_layouts(shapes(w=(48, (1024, 1024))), AbstractMesh((8,), ("fsdp",)))
     assert (plan.layout, plan.owner_axes, plan.matrices_held) == ("owner", ("fsdp",), 6)
     # Each matrix leaves and returns once: 7/8 of what a device will hold comes from elsewhere.
-    assert plan.bytes_received == 6 * 1024**2 * 4 * (7 / 8 + 1)
+    assert plan.bytes_received == 2 * 7 / 8 * 6 * 1024**2 * 4
     assert plan.slowdowns["owner"] == 1 <= min(plan.slowdowns.values())
+
+
+def test_two_axes_take_an_exchange_each():
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
+    (plan,) = dm.plan_layouts(shapes(w=(48, (1024, 1024))), mesh)
+    assert plan.owner_axes == ("tensor", "fsdp")
+    assert plan.bytes_received == 2 * (3 / 4 + 1 / 2) * 6 * 1024**2 * 4
 
 
 def test_with_more_devices_than_matrices_bytes_do_not_grow():
@@ -87,8 +94,8 @@ def test_one_large_oblong_matrix_is_cut_along_its_longer_side():
     assert plan.slowdowns["owner"] > 3
 
 
-def test_a_slow_network_replicates_small_matrices():
-    params, mesh = shapes(w=(2, (16, 16))), AbstractMesh((8,), ("fsdp",))
+def test_a_slow_network_replicates_a_small_matrix():
+    params, mesh = shapes(w=(1, (16, 16))), AbstractMesh((8,), ("fsdp",))
     (fast,) = dm.plan_layouts(params, mesh, flops_per_byte=1.0)
     (slow,) = dm.plan_layouts(params, mesh, flops_per_byte=1e9)
     assert slow.layout == "replicated" != fast.layout

@@ -92,9 +92,12 @@ def layout_cost(
     held = -(-bucket.num_matrices // owners)  # matrices, of which the device has a part each
     long, short = _multiplications(function, bucket.num_rows, bucket.num_cols)
     matrix_bytes = bucket.num_rows * bucket.num_cols * bucket.itemsize
-    there = held * matrix_bytes / parts * (1 - 1 / devices)
-    # Empty places travel too, and what is replicated needs only be cut.
-    back = held * owners * matrix_bytes / devices if owners * parts > 1 else 0
+    # An exchange along an axis moves all but a part of what a device has, empty places included.
+    has = held * owners * matrix_bytes / devices
+    exchanged = sum(has * (1 - 1 / axes[name]) for name in layout.whole + layout.sides)
+    # Then what the other axes shard is gathered; on the way back it is cut, for nothing.
+    gathered = held * matrix_bytes / parts * (1 - owners * parts / devices)
+    there, back = exchanged + gathered, exchanged
     if bucket.owners and set(bucket.owners) == set(layout.whole) and parts == 1:
         there = back = 0
     sums = 0.0

@@ -1,5 +1,6 @@
 """Where the iteration on XXᵀ starts afresh from X, chosen by counted cost and by rounding."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,7 @@ def count_products(segments: Sequence[int], num_rows: int, num_cols: int) -> int
     return 2 * len(segments) * num_rows**2 * num_cols + on_gram * num_rows**3
 
 
+@functools.cache  # planning for a pod asks for thousands
 def _longest_segments(rows: Sequence[Row], roundoff: float) -> tuple[int, ...]:
     """The longest segments in which rounding stays below the error of the polynomials.
 

@@ -95,7 +95,8 @@ def plan_layouts(
     """The layout of each shape of matrices on a mesh, and what it and the others would cost.
 
     What :func:`on_mesh` and a mesh alone do, without doing it: all of it is counted, nothing
-    measured, and no device is needed.
+    measured, and no device is needed. Each shape has the count of its own busiest device; what is
+    left over of several goes to different ones, so that their sum is an upper bound.
 
     Args:
         params: The parameters, or their shapes and dtypes. Leaves that :func:`matrix_labels` does
@@ -120,8 +121,8 @@ def plan_layouts(
         >>> params = {f"w{i}": jax.ShapeDtypeStruct((1024, 1024), jnp.float32) for i in range(12)}
         >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
         >>> print(dm.plan_layouts(params, mesh))
-        shape      matrices  layout  shared out over  held  GFLOP    MB  owner  rows  replicated
-        1024×1024        12  owner   tensor, fsdp        2   64.4  15.7   1.00  8.44        5.37
+        shape      matrices  layout  shared out over  held  GFLOP  MB  owner  rows  replicated
+        1024×1024        12  owner   tensor, fsdp        2   64.4  21   1.00  7.96        5.04
     """
     check_choice("layout", layout, LAYOUTS)
     check_positive("flops_per_byte", flops_per_byte)
