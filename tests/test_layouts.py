@@ -72,11 +72,15 @@ def test_whole_matrices_are_owned_where_there_are_enough():
     assert plan.slowdowns["owner"] == 1 <= min(plan.slowdowns.values())
 
 
-def test_two_axes_take_an_exchange_each():
+def test_two_axes_take_an_exchange_each_unless_it_is_known_what_they_shard():
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
-    (plan,) = dm.plan_layouts(shapes(w=(48, (1024, 1024))), mesh)
+    params = shapes(w=(48, (1024, 1024)))
+    (plan,) = dm.plan_layouts(params, mesh)
     assert plan.owner_axes == ("tensor", "fsdp")
     assert plan.bytes_received == 2 * (3 / 4 + 1 / 2) * 6 * 1024**2 * 4
+    placed = dict.fromkeys(params, NamedSharding(mesh, P("fsdp", "tensor")))
+    (plan,) = dm.plan_layouts(params, placed)
+    assert plan.bytes_received == 2 * 7 / 8 * 6 * 1024**2 * 4
 
 
 def test_with_more_devices_than_matrices_bytes_do_not_grow():

@@ -1,7 +1,7 @@
 """Which leaves travel together on a mesh."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,16 +36,20 @@ class Group(NamedTuple):
     num_in: int
 
 
-def plan_buckets(arrays: Sequence[Any], kinds: Sequence[Kind]) -> list[Group]:
+def plan_buckets(
+    arrays: Sequence[Any], kinds: Sequence[Kind], axes: Collection[str]
+) -> list[Group]:
     """The leaves of one shape, sharded in one way; those of the largest matrices first.
 
     Args:
         arrays: Of each leaf an array (batch, *fan_in, *fan_out), or its shape and dtype.
         kinds: Of each leaf.
+        axes: Of the mesh, those that share out anything.
     """
     groups: dict[tuple, list[Member]] = {}
     for leaf, (array, kind) in enumerate(zip(arrays, kinds, strict=True)):
-        shape, placement, transposed = tuple(array.shape), kind.placement, False
+        shape, transposed = tuple(array.shape), False
+        placement = None if kind.placement is None else _among(axes, kind.placement)
         if len(shape) == 3:  # else the axes that are merged would have to be moved
             transposed = shape[1] > shape[2]
             if placement is not None:
@@ -67,9 +71,14 @@ def plan_buckets(arrays: Sequence[Any], kinds: Sequence[Kind]) -> list[Group]:
             itemsize=dtype.itemsize,
             has_sides=len(sides) == 2,
             owners=placement[0] if placement else (),
+            parts=sum(placement[1:], ()) if placement and not placement[0] else (),
         )
         planned.append(Group(members, placement, bucket, num_in))
     return sorted(planned, key=lambda group: -group.bucket.num_rows * group.bucket.num_cols)
+
+
+def _among(axes: Collection[str], placement: Placement) -> Placement:
+    return tuple(tuple(name for name in names if name in axes) for names in placement)
 
 
 def transposed_if(condition: bool, stack: jax.Array) -> jax.Array:

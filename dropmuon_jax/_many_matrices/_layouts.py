@@ -54,6 +54,8 @@ class Bucket(NamedTuple):
     """Whether their longer side is one axis of an array; of a convolution it is several."""
     owners: tuple[str, ...] = ()
     """The axes that share out whole matrices already, where leaves are at rest."""
+    parts: tuple[str, ...] = ()
+    """The axes that shard every matrix at rest, where that is known: an exchange takes them all."""
 
 
 def choose_layout(
@@ -92,9 +94,11 @@ def layout_cost(
     held = -(-bucket.num_matrices // owners)  # matrices, of which the device has a part each
     long, short = _multiplications(function, bucket.num_rows, bucket.num_cols)
     matrix_bytes = bucket.num_rows * bucket.num_cols * bucket.itemsize
-    # An exchange along an axis moves all but a part of what a device has, empty places included.
+    # An exchange moves all but a part of what a device has, empty places included.
     has = held * owners * matrix_bytes / devices
-    exchanged = sum(has * (1 - 1 / axes[name]) for name in layout.whole + layout.sides)
+    at_once = bucket.parts and set(bucket.parts) == set(layout.whole) and parts == 1
+    sizes = [owners] if at_once else [axes[name] for name in layout.whole + layout.sides]
+    exchanged = sum(has * (1 - 1 / size) for size in sizes)
     # Then what the other axes shard is gathered; on the way back it is cut, for nothing.
     gathered = held * matrix_bytes / parts * (1 - owners * parts / devices)
     there, back = exchanged + gathered, exchanged

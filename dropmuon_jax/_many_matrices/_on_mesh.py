@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from dropmuon_jax._many_matrices._buckets import Kind, plan_buckets, transposed_if
+from dropmuon_jax._many_matrices._buckets import Kind, Placement, plan_buckets, transposed_if
 from dropmuon_jax._many_matrices._layouts import (
     Layout,
     axes_size,
@@ -19,9 +19,11 @@ from dropmuon_jax._many_matrices._layouts import (
 from dropmuon_jax._many_matrices._owners import Owners
 from dropmuon_jax._many_matrices._redistribution import (
     from_layout,
+    from_owners,
     joined_here,
     taken_apart,
     to_layout,
+    to_owners,
     with_all_matrices_here,
     with_whole_rows_here,
 )
@@ -83,11 +85,11 @@ def _mapped(
     axes = mesh_axes()
     owners = Owners(axes)
     results = list(arrays)
-    for members, placement, bucket, num_in in plan_buckets(arrays, kinds):
+    for members, placement, bucket, num_in in plan_buckets(arrays, kinds, axes):
         oriented = [transposed_if(m.transposed, arrays[m.leaf]) for m in members]
         batch = len(oriented[0])
         chosen = choose_layout(function.function, bucket, axes, layout, flops_per_byte)
-        chosen = chosen.starting_with(bucket.owners)
+        chosen = chosen.starting_with(bucket.owners or bucket.parts)
         cost = layout_cost(function.function, bucket._replace(num_matrices=1), axes, chosen).flops
 
         def of_blocks(array: jax.Array, num_in: int = num_in) -> jax.Array:
@@ -97,7 +99,7 @@ def _mapped(
             return transposed_if(is_tall, polar).reshape(array.shape)
 
         joined = joined_here(oriented, placement)
-        mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost, bucket.owners)
+        mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost, placement)
         for member, array in zip(members, taken_apart(mapped, batch, placement), strict=True):
             results[member.leaf] = transposed_if(member.transposed, array)
     return results
@@ -110,13 +112,17 @@ def _in_layout(
     axes: Mapping[str, int],
     owners: Owners,
     cost: float,
-    owners_at_rest: tuple[str, ...],
+    placement: Placement | None,
 ) -> jax.Array:
     """`function` of the matrices, each where the layout has it."""
     count, num_cols = len(joined), joined.shape[-1]
     matrices, filled = owners.share_out(count, cost, layout.whole)
     places = matrices.shape[1]
-    at_rest = len(owners_at_rest) if layout.whole[: len(owners_at_rest)] == owners_at_rest else 0
+    at_rest, sides = 0, None
+    if placement is not None:
+        of_batch, *of_sides = placement
+        at_rest = len(of_batch) if layout.whole[: len(of_batch)] == of_batch else 0
+        sides = tuple(of_sides) if not of_batch and layout.whole == sum(of_sides, ()) else None
     if not filled.all():
         joined, at_rest = joined[matrices.reshape(-1)], 0
     # Columns of zeros change neither XXᵀ nor the others.
@@ -131,7 +137,10 @@ def _in_layout(
         last = jax.lax.cond(has_last, function, lambda x: x, stack[-1:])
         return jnp.concatenate([function(stack[:-1]), last]) if places > 1 else last
 
-    placed = to_layout(joined, layout, at_rest)
+    if sides:
+        placed = to_owners(joined, sides, axes)
+    else:
+        placed = to_layout(joined, layout, at_rest)
     if layout.whole:
         of_owner = PartitionSpec(layout.whole)
         placed = jax.shard_map(
@@ -143,7 +152,10 @@ def _in_layout(
         )(placed)
     else:
         placed = function(placed)
-    result = from_layout(placed, layout, at_rest)
+    if sides:
+        result = from_owners(placed, sides, axes)
+    else:
+        result = from_layout(placed, layout, at_rest)
     if padding:
         result = with_whole_rows_here(result)[..., :num_cols]
     if filled.all():

@@ -1,16 +1,24 @@
-"""A stack of matrices brought into a layout, and back, with one exchange for each axis of the mesh.
+"""A stack of matrices brought into a layout, and back.
 
-XLA is told the result only, and from a stack sharded over two axes to one that is sharded over both
-along its first dimension it knows no way but to replicate it on every device. One axis after
-another it takes an all-to-all each.
+XLA is told the result only, and from a stack whose matrices are sharded over two axes to one that
+is sharded over both along its first dimension it knows no way but to replicate it on every device.
+One axis after another, it takes an all-to-all each. Where it is known which axes shard the
+matrices, their parts are brought to one dimension first, and all axes take one.
 """
+
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dropmuon_jax._many_matrices._layouts import Layout
+
+Sides = tuple[tuple[str, ...], ...]
+"""The axes that shard each axis of a matrix, or of what will be one."""
 
 _ANY = PartitionSpec.UNCONSTRAINED
 
@@ -31,6 +39,52 @@ def from_layout(stack: Array, layout: Layout, at_rest: int = 0) -> Array:
     for placed in reversed(_stages(layout, stack.ndim, at_rest)):
         stack = _constrain(stack, placed)
     return stack
+
+
+def to_owners(stack: Array, sides: Sides, axes: Mapping[str, int]) -> Array:
+    """The stack, shared out along its first axis by all axes that shard its matrices."""
+    parts = _with_parts_first(stack, sides, axes)
+    parts = _constrain(parts, (None, sum(sides, ()), *(None,) * len(sides)))
+    return _without_parts(parts, sides, axes, owners=sum(sides, ()))
+
+
+def from_owners(stack: Array, sides: Sides, axes: Mapping[str, int]) -> Array:
+    """The way back of :func:`to_owners`."""
+    stack = _constrain(stack, (sum(sides, ()), *(None,) * len(sides)))
+    parts = _with_parts_first(stack, sides, axes, owners=sum(sides, ()))
+    parts = _constrain(parts, (sum(sides, ()), None, *(None,) * len(sides)))
+    return _without_parts(parts, sides, axes)
+
+
+def _with_parts_first(
+    stack: Array, sides: Sides, axes: Mapping[str, int], *, owners: tuple[str, ...] = ()
+) -> Array:
+    """From (matrices, *sizes) to (parts, matrices, *sizes of a part), where everything is."""
+    counts = [math.prod(axes[name] for name in names) for names in sides]
+    count, *sizes = stack.shape
+    split = [n for k, size in zip(counts, sizes, strict=True) for n in (k, size // k)]
+    stack = stack.reshape(count, *split)
+    placed = [entry for names in sides for entry in (() if owners else names, ())]
+    stack = _constrain(stack, (owners or None, *(names or None for names in placed)))
+    ndim = len(sides)
+    order = (*range(1, 2 * ndim, 2), 0, *range(2, 2 * ndim + 1, 2))
+    parts = stack.transpose(order).reshape(-1, count, *split[1::2])
+    return _constrain(parts, (None if owners else sum(sides, ()), owners or None, *(None,) * ndim))
+
+
+def _without_parts(
+    parts: Array, sides: Sides, axes: Mapping[str, int], *, owners: tuple[str, ...] = ()
+) -> Array:
+    """The way back of :func:`_with_parts_first`."""
+    counts = [math.prod(axes[name] for name in names) for names in sides]
+    _, count, *sizes = parts.shape
+    ndim = len(sides)
+    order = (*range(1, 2 * ndim, 2), 0, *range(2, 2 * ndim + 1, 2))
+    stack = parts.reshape(*counts, count, *sizes).transpose(np.argsort(order))
+    stack = stack.reshape(count, *(k * n for k, n in zip(counts, sizes, strict=True)))
+    return _constrain(
+        stack, (owners or None, *(None if owners else names or None for names in sides))
+    )
 
 
 def joined_here(members: list[Array], placement: tuple | None) -> Array:

@@ -153,7 +153,7 @@ def plan_layouts(
             slowdowns={kind: times[kind] / times[layout] for kind in LAYOUTS[1:]},
         )
 
-    return LayoutPlan(of_shape(group.bucket) for group in plan_buckets(arrays, kinds))
+    return LayoutPlan(of_shape(group.bucket) for group in plan_buckets(arrays, kinds, axes))
 
 
 def _matrices(
