@@ -164,7 +164,7 @@ def to_blocks(
     leaf: jax.Array, axes: MatrixAxes, sharding: LeafSharding | None = None
 ) -> tuple[Blocks, Callable[[jax.Array], jax.Array]]:
     """The matrices of a leaf that is sharded like this, and the way back from their array."""
-    batch = tuple(axis for axis in range(leaf.ndim) if axis not in axes.fan_in + axes.fan_out)
+    batch = _batch_axes(axes, leaf.ndim, sharding.spec if sharding else PartitionSpec())
     order = batch + axes.fan_in + axes.fan_out
     moved = leaf.transpose(order)
     size = math.prod(leaf.shape[axis] for axis in batch)
@@ -183,8 +183,14 @@ def placement(axes: MatrixAxes, spec: PartitionSpec) -> tuple[tuple[str, ...], .
     matrix = axes.fan_in + axes.fan_out
     ndim = max(len(spec), *(axis + 1 for axis in matrix))
     entries = [axis_names(entry) for entry in (*spec, *(None,) * ndim)]
-    batch = [entries[axis] for axis in range(ndim) if axis not in matrix]
-    return sum(batch, ()), *(entries[axis] for axis in matrix)
+    batch = _batch_axes(axes, ndim, spec)
+    return entries[batch[0]] if batch else (), *(entries[axis] for axis in matrix)
+
+
+def _batch_axes(axes: MatrixAxes, ndim: int, spec: PartitionSpec) -> tuple[int, ...]:
+    """The batch axes, a sharded one first: once they are merged, it alone is still sharded."""
+    batch = [axis for axis in range(ndim) if axis not in axes.fan_in + axes.fan_out]
+    return tuple(sorted(batch, key=lambda axis: not (axis < len(spec) and spec[axis])))
 
 
 def to_matrices(

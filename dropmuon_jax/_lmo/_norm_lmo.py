@@ -211,9 +211,17 @@ def _steepest_step(
         del params
         layer_mask = resolve_mask(layer_mask, updates, extra_args)
 
-        def steps_of(updates: optax.Updates, state: Any) -> tuple[optax.Updates, Any]:
+        radii = leaf_radii(name, radius, updates)
+        traced = {
+            i: of_leaf
+            for i, of_leaf in enumerate(radii)
+            if any(isinstance(x, jax.Array) for x in jax.tree.leaves(of_leaf))
+        }
+
+        def steps_of(
+            updates: optax.Updates, state: Any, traced: dict[int, Any]
+        ) -> tuple[optax.Updates, Any]:
             leaves, treedef = jax.tree.flatten(updates)
-            radii = leaf_radii(name, radius, updates)
             all_axes, shardings = norm.axes(updates, dimension_numbers), known_shardings(updates)
             active = [i for i, flag in enumerate(jax.tree.leaves(layer_mask)) if flag]
             views = [to_blocks(leaves[i], all_axes[i], shardings[i]) for i in active]
@@ -228,7 +236,9 @@ def _steepest_step(
             ):
                 # In float32 until the end: a bfloat16 leaf is rounded once.
                 direction = norm.factor(matrix_shape(leaves[i], all_axes[i])) * plain
-                length = lengths(radii[i], count, lambda g=grads, d=direction: inner(g, d))
+                length = lengths(
+                    traced.get(i, radii[i]), count, lambda g=grads, d=direction: inner(g, d)
+                )
                 length = length.astype(grads.dtype)
                 if length.ndim:
                     length = length.reshape(-1, *(1,) * (grads.ndim - 1))
@@ -237,7 +247,9 @@ def _steepest_step(
                 state = RadiusState(jnp.asarray(optax.safe_increment(state.count)))
             return treedef.unflatten(steps), state
 
-        return on_auto_axes(steps_of, updates, state, named=updates, results_like=(updates, state))
+        return on_auto_axes(
+            steps_of, updates, state, traced, named=updates, results_like=(updates, state)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -58,20 +58,22 @@ def plan_buckets(
                     transposed = of_rows > of_cols
                 placement = (of_batch, of_cols, of_rows) if transposed else placement
             shape = (shape[0], *sorted(shape[1:]))
-        key = (shape, placement, kind.num_in, array.dtype)
+        # A batch that is sharded is joined with others of its size only, entry by entry.
+        batch = shape[0] if placement and placement[0] else None
+        key = (batch, shape[1:], placement, kind.num_in, array.dtype)
         groups.setdefault(key, []).append(Member(leaf, transposed))
     planned = []
-    for (shape, placement, num_in, dtype), members in groups.items():
-        batch, *sides = shape
+    for (_, sides, placement, num_in, dtype), members in groups.items():
         fan_in, fan_out = math.prod(sides[:num_in]), math.prod(sides[num_in:])
         bucket = Bucket(
-            num_matrices=batch * len(members),
+            num_matrices=sum(arrays[member.leaf].shape[0] for member in members),
             num_rows=min(fan_in, fan_out),
             num_cols=max(fan_in, fan_out),
             itemsize=dtype.itemsize,
             has_sides=len(sides) == 2,
             owners=placement[0] if placement else (),
-            parts=sum(placement[1:], ()) if placement and not placement[0] else (),
+            parts=sum(placement[1:], ()) if placement else (),
+            is_known=placement is not None,
         )
         planned.append(Group(members, placement, bucket, num_in))
     return sorted(planned, key=lambda group: -group.bucket.num_rows * group.bucket.num_cols)

@@ -56,6 +56,25 @@ class Bucket(NamedTuple):
     """The axes that share out whole matrices already, where leaves are at rest."""
     parts: tuple[str, ...] = ()
     """The axes that shard every matrix at rest, where that is known: an exchange takes them all."""
+    is_known: bool = False
+    """Whether it is known; else leaves are taken to be sharded evenly over all axes."""
+
+    def takes_one_exchange(self, layout: Layout) -> bool:
+        """Whether exactly the axes that shard the matrices share out whole ones."""
+        shards = bool(self.parts) and not self.owners and not layout.sides
+        return shards and set(self.parts) == set(layout.whole)
+
+    def ordered(self, layout: Layout) -> Layout:
+        """The layout with its axes in the order in which least is moved.
+
+        Those that share out matrices already; those that leaves are whole on, since cutting is for
+        nothing and leaves less to exchange; and of one exchange all in the order of the sides.
+        """
+        if self.takes_one_exchange(layout):
+            return layout.starting_with(self.parts)
+        known = (*self.owners, *self.parts) if self.is_known else layout.whole
+        cut = tuple(name for name in layout.whole if name not in known)
+        return layout.starting_with(self.owners + cut)
 
 
 def choose_layout(
@@ -84,31 +103,34 @@ def choose_layout(
 def layout_cost(
     function: Callable[..., Any], bucket: Bucket, axes: Mapping[str, int], layout: Layout
 ) -> LayoutCost:
-    """Operations and bytes of the busiest device.
+    """Operations and bytes of the busiest device, empty places included.
 
-    A matrix that comes to be owned leaves each device's part of it and returns to it. Leaves are
-    taken to be sharded evenly over all axes, except those whose matrices are owned already.
+    Along an axis that shards leaves and shares out something in the layout, matrices are exchanged,
+    there and back. What other axes shard is gathered on the way there and cut, for nothing, on the
+    way back; what leaves have whole is cut on the way there and gathered on the way back.
     """
     owners, parts = axes_size(axes, layout.whole), axes_size(axes, layout.sides)
-    devices = axes_size(axes, tuple(axes))
     held = -(-bucket.num_matrices // owners)  # matrices, of which the device has a part each
     long, short = _multiplications(function, bucket.num_rows, bucket.num_cols)
     matrix_bytes = bucket.num_rows * bucket.num_cols * bucket.itemsize
-    # An exchange moves all but a part of what a device has, empty places included.
-    has = held * owners * matrix_bytes / devices
-    at_once = bucket.parts and set(bucket.parts) == set(layout.whole) and parts == 1
-    sizes = [owners] if at_once else [axes[name] for name in layout.whole + layout.sides]
+    shared = layout.whole + layout.sides
+    sharded = (*bucket.owners, *bucket.parts) if bucket.is_known else tuple(axes)
+    cut = tuple(name for name in shared if name not in sharded)
+    gathered = tuple(name for name in sharded if name not in shared)
+    moved = [n for n in shared if n in sharded and not (n in bucket.owners and n in layout.whole)]
+    sizes = [axes[name] for name in moved]
+    if bucket.takes_one_exchange(layout):
+        sizes = [owners]
+    has = held * owners * matrix_bytes / axes_size(axes, cut + sharded)
     exchanged = sum(has * (1 - 1 / size) for size in sizes)
-    # Then what the other axes shard is gathered; on the way back it is cut, for nothing.
-    gathered = held * matrix_bytes / parts * (1 - owners * parts / devices)
-    there, back = exchanged + gathered, exchanged
-    if bucket.owners and set(bucket.owners) == set(layout.whole) and parts == 1:
-        there = back = 0
+    there = held * matrix_bytes / parts * (1 - 1 / axes_size(axes, gathered))
+    at_rest = held * owners * matrix_bytes / axes_size(axes, sharded)
+    back = at_rest * (1 - 1 / axes_size(axes, cut))
     sums = 0.0
     if parts > 1:
         segments = long / (2 * bucket.num_rows**2 * bucket.num_cols)
         sums = segments * held * 2 * bucket.num_rows**2 * bucket.itemsize
-    return LayoutCost(2 * held * (long / parts + short), there + back + sums)
+    return LayoutCost(2 * held * (long / parts + short), 2 * exchanged + there + back + sums)
 
 
 def axes_size(axes: Mapping[str, int], names: tuple[str, ...]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from dropmuon_jax._many_matrices._buckets import Kind, Placement, plan_buckets, transposed_if
@@ -29,7 +29,7 @@ from dropmuon_jax._many_matrices._redistribution import (
 )
 from dropmuon_jax._many_matrices._slices import Checked, in_slices
 from dropmuon_jax._matrices import Blocks
-from dropmuon_jax._mesh import current_scope, mesh_axes
+from dropmuon_jax._mesh import current_scope, mesh_axes, scope
 
 Stack = Float[Array, "batch rows cols"]
 
@@ -41,12 +41,21 @@ def map_on_mesh(function: Checked, leaves: Sequence[Blocks], memory_limit: int) 
     them would move them one by one. What is batched by `jax.vmap`, as rows of stacked layers are,
     is more matrices of the same buckets.
     """
+    if any(not leaf.array.size for leaf in leaves):
+        rest = iter(map_on_mesh(function, [x for x in leaves if x.array.size], memory_limit))
+        return [next(rest) if leaf.array.size else leaf.array for leaf in leaves]
     said = current_scope()
     kinds = tuple(Kind(leaf.num_in, leaf.placement) for leaf in leaves)
 
+    def of_all(arrays: list[jax.Array]) -> list[jax.Array]:
+        return _mapped(arrays, function, memory_limit, kinds, said.layout, said.flops_per_byte)
+
+    if not said.in_rows:  # a user's own `jax.vmap` and derivatives go through it as ever
+        return of_all([leaf.array for leaf in leaves])
+
     @jax.custom_batching.custom_vmap
     def mapped(arrays: list[jax.Array]) -> list[jax.Array]:
-        return _mapped(arrays, function, memory_limit, kinds, said.layout, said.flops_per_byte)
+        return of_all(arrays)
 
     @mapped.def_vmap
     def _(axis_size: int, in_batched: list, arrays: list[jax.Array]) -> tuple[list, list[bool]]:
@@ -55,8 +64,9 @@ def map_on_mesh(function: Checked, leaves: Sequence[Blocks], memory_limit: int) 
             for x, is_batched in zip(arrays, in_batched[0], strict=True)
         ]
         flat = [_with_rows(leaf, x) for leaf, x in zip(leaves, whole, strict=True)]
-        results = map_on_mesh(function, flat, memory_limit)
-        results = [y.reshape(x.shape) for x, y in zip(whole, results, strict=True)]
+        with scope(in_rows=False):
+            results = map_on_mesh(function, flat, memory_limit)
+        results = [_rows_of(leaf, x, y) for leaf, x, y in zip(leaves, whole, results, strict=True)]
         return results, [True] * len(results)
 
     return mapped([leaf.array for leaf in leaves])
@@ -66,8 +76,22 @@ def _with_rows(leaf: Blocks, rows: jax.Array) -> Blocks:
     """The leaf with an array (rows, batch, …), as more matrices."""
     placement = leaf.placement
     if placement is not None:
-        placement = (leaf.rows + placement[0], *placement[1:])
+        placement = (leaf.rows or placement[0], *placement[1:])
+    if _has_batch_first(leaf):
+        rows = rows.swapaxes(0, 1)
     return leaf._replace(array=rows.reshape(-1, *rows.shape[2:]), placement=placement, rows=())
+
+
+def _rows_of(leaf: Blocks, rows: jax.Array, merged: jax.Array) -> jax.Array:
+    """What :func:`_with_rows` has merged, in the shape of the rows again."""
+    if _has_batch_first(leaf):
+        return merged.reshape(*rows.shape[1::-1], *rows.shape[2:]).swapaxes(0, 1)
+    return merged.reshape(rows.shape)
+
+
+def _has_batch_first(leaf: Blocks) -> bool:
+    """Whether the batch is sharded and rows are not: merged, the first axis is still sharded."""
+    return bool(leaf.placement and leaf.placement[0] and not leaf.rows)
 
 
 # In a jit of its own because outside one JAX takes no constraint that leaves anything open.
@@ -87,9 +111,8 @@ def _mapped(
     results = list(arrays)
     for members, placement, bucket, num_in in plan_buckets(arrays, kinds, axes):
         oriented = [transposed_if(m.transposed, arrays[m.leaf]) for m in members]
-        batch = len(oriented[0])
         chosen = choose_layout(function.function, bucket, axes, layout, flops_per_byte)
-        chosen = chosen.starting_with(bucket.owners or bucket.parts)
+        chosen = bucket.ordered(chosen)
         cost = layout_cost(function.function, bucket._replace(num_matrices=1), axes, chosen).flops
 
         def of_blocks(array: jax.Array, num_in: int = num_in) -> jax.Array:
@@ -100,7 +123,8 @@ def _mapped(
 
         joined = joined_here(oriented, placement)
         mapped = _in_layout(of_blocks, joined, chosen, axes, owners, cost, placement)
-        for member, array in zip(members, taken_apart(mapped, batch, placement), strict=True):
+        apart = taken_apart(mapped, [len(array) for array in oriented], placement)
+        for member, array in zip(members, apart, strict=True):
             results[member.leaf] = transposed_if(member.transposed, array)
     return results
 
@@ -148,7 +172,8 @@ def _in_layout(
             in_specs=of_owner,
             out_specs=of_owner,
             axis_names=set(layout.whole),
-            check_vma=False,
+            # Inside a user's own, which may check how values vary, and so has to be told.
+            check_vma=_is_inside_shard_map(),
         )(placed)
     else:
         placed = function(placed)
@@ -165,3 +190,8 @@ def _in_layout(
     taken = np.arange(places) < np.where(filled, places, places - 1)[:, None]
     place_of[matrices[taken]] = np.flatnonzero(taken)
     return result[place_of]
+
+
+def _is_inside_shard_map() -> bool:
+    kinds = jax.sharding.get_abstract_mesh().axis_types or ()
+    return AxisType.Manual in kinds

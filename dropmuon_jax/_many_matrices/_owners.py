@@ -46,8 +46,3 @@ class Owners:
         starts = np.cumsum(counts) - counts
         matrices = np.minimum(starts[:, None] + np.arange(places), count - 1)
         return matrices, filled
-
-    @property
-    def work(self) -> np.ndarray:
-        """So far, by device, in the order of the mesh."""
-        return self._work.copy()

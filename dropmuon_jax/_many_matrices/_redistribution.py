@@ -88,13 +88,14 @@ def _without_parts(
 
 
 def joined_here(members: list[Array], placement: tuple | None) -> Array:
-    """Arrays of one shape (batch, …) as one, each device with the parts that it has.
+    """Arrays (batch, …) as one, each device with the parts that it has.
 
-    Matrices of one batch index stay together, so that leaves whose first axis is sharded do not
-    move. Where nothing is said, it is taken not to be.
+    Where the batch is sharded, and of one size, matrices of one index stay together, so that none
+    moves. Where nothing is said, it is taken not to be.
     """
-    joined = jnp.stack(members, axis=1)
-    joined = _constrain(joined, _at_rest(placement, joined.ndim))
+    if placement is None or not placement[0]:
+        return _constrain(jnp.concatenate(members), _at_rest(placement))
+    joined = _constrain(jnp.stack(members, axis=1), _at_rest(placement, after_batch=(None,)))
     return joined.reshape(-1, *joined.shape[2:])
 
 
@@ -108,19 +109,22 @@ def with_whole_rows_here(joined: Array) -> Array:
     return _constrain(joined, (*(_ANY,) * (joined.ndim - 1), None))
 
 
-def taken_apart(joined: Array, batch: int, placement: tuple | None) -> list[Array]:
+def taken_apart(joined: Array, batches: list[int], placement: tuple | None) -> list[Array]:
     """The arrays of :func:`joined_here`, each device with the parts that it had."""
-    apart = joined.reshape(batch, -1, *joined.shape[1:])
-    apart = _constrain(apart, _at_rest(placement, apart.ndim))
-    return [apart[:, i] for i in range(apart.shape[1])]
+    if placement is None or not placement[0]:
+        joined = _constrain(joined, _at_rest(placement))
+        return jnp.split(joined, np.cumsum(batches)[:-1])
+    apart = joined.reshape(batches[0], len(batches), *joined.shape[1:])
+    apart = _constrain(apart, _at_rest(placement, after_batch=(None,)))
+    return [apart[:, i] for i in range(len(batches))]
 
 
-def _at_rest(placement: tuple | None, ndim: int) -> tuple:
-    """What shards each axis of arrays stacked along the second."""
+def _at_rest(placement: tuple | None, after_batch: tuple = ()) -> tuple:
+    """What shards each axis, and those that were put in after the first."""
     if placement is None:
-        return (None, None)
+        return (None, *after_batch)
     batch, *sides = placement
-    return (batch or None, None, *(side or None for side in sides))
+    return (batch or None, *after_batch, *(side or None for side in sides))
 
 
 def _placed(layout: Layout, ndim: int) -> tuple:

@@ -29,10 +29,12 @@ def on_auto_axes(
     for path, leaf in zip(leaf_paths(named), jax.tree.leaves(named), strict=True):
         leaves[path] = LeafSharding(jax.typeof(leaf).sharding.spec)
     results = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, results_like)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     has_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)
     of_leaves = contextlib.nullcontext() if has_mesh else jax.sharding.use_abstract_mesh(mesh)
     with of_leaves, scope(leaves=leaves):
-        return jax.sharding.auto_axes(function, out_sharding=results)(*arguments)
+        return jax.sharding.auto_axes(function, axes=explicit, out_sharding=results)(*arguments)
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:

@@ -46,6 +46,10 @@ class MeshScope:
     """One of `LAYOUTS`."""
     flops_per_byte: float = 1000.0
     """Floating-point operations that a device does while a byte arrives from another one."""
+    is_probe: bool = False
+    """Whether something is only tried, on no mesh."""
+    in_rows: bool = False
+    """Whether `jax.vmap` of this package goes over rows of stacked layers."""
     leaves: Mapping[str, LeafSharding] = dataclasses.field(default_factory=dict)
     """How leaves are sharded, by path."""
 
@@ -76,7 +80,7 @@ def within_rows(tree: Any) -> contextlib.AbstractContextManager[None]:
     for path in leaf_paths(tree):
         if path in leaves:
             leaves[path] = leaves[path].of_row()
-    return scope(leaves=leaves)
+    return scope(leaves=leaves, in_rows=True)
 
 
 def as_one_row(tree: Any) -> contextlib.AbstractContextManager[None]:
@@ -105,6 +109,8 @@ def mesh_axes() -> dict[str, int]:
     Empty without a mesh. Axes that `jax.shard_map` has taken are the user's own and not among them;
     explicit ones become automatic in :func:`on_auto_axes`.
     """
+    if current_scope().is_probe:
+        return {}
     mesh = jax.sharding.get_abstract_mesh()
     kinds = mesh.axis_types or ()
     return {

@@ -23,6 +23,7 @@ from dropmuon_jax._layers import Layers, leaf_paths, match_leaves
 from dropmuon_jax._lmo import norm_lmo
 from dropmuon_jax._masks import ignores_mask
 from dropmuon_jax._matrices import DimensionNumbers
+from dropmuon_jax._mesh import scope
 from dropmuon_jax._norms import Norm, column_norm, rms_norm, sign_norm, spectral_norm
 from dropmuon_jax._orthogonalize import newton_schulz
 from dropmuon_jax._radii import (
@@ -259,7 +260,7 @@ def check_direction(
     transformation = optax.with_extra_args_support(transformation)
     probe = {"probe": jnp.ones((2, 2))}
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), scope(is_probe=True):
             state = transformation.init(probe)
             step = functools.partial(transformation.update, prev_params_grads=probe)
             update: Any = step(probe, state, probe)[0]

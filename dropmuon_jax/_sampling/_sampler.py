@@ -102,7 +102,10 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
             ValueError: If processes differ in seed, step, layers or distribution, saying how.
         """
         draws = [self._index(step + i) for i in range(_STEPS_TO_COMPARE)]
-        description = f"{self.layers}{self.subsets.tolist()}"
+        # Distributions that change along a run may part later than these draws.
+        ahead = np.minimum(step + 2 ** np.arange(31), _LAST_STEP)
+        probabilities = np.round([self.probabilities(int(later)) for later in ahead], 4)
+        description = f"{self.layers}{self.subsets.tolist()}{probabilities.tolist()}"
         check_agreement(int(self._seed), step, draws, description)
 
     def probabilities(self, step: Array | int) -> Float[Array, " num_subsets"]:

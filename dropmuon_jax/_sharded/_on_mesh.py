@@ -62,6 +62,10 @@ def on_mesh(
     Returns:
         The transformation; a :class:`LayerMaskSampler` if it was one, with its draws.
 
+    (A function of your own that `jax.jit` has traced keeps the layout of its first trace: JAX does
+    not know that it depends on it. And an axis of the mesh that `jax.vmap` has taken over a sharded
+    axis of explicit arrays cannot share out anything: JAX refuses.)
+
     Raises:
         TypeError: If `mesh` is neither, naming the leaf.
         ValueError: For an unknown layout, or shardings on several meshes; at `init`, for a leaf
@@ -136,7 +140,7 @@ def read_mesh(mesh: Any) -> tuple[AbstractMesh | None, dict[str, LeafSharding]]:
 def _entered(given: AbstractMesh | None) -> contextlib.AbstractContextManager[Any]:
     """The mesh made the current one, where there is none."""
     now = jax.sharding.get_abstract_mesh()
-    if given is None or now.shape_tuple == given.shape_tuple:
+    if given is None or now.shape_tuple == given.shape_tuple or current_scope().is_probe:
         return contextlib.nullcontext()
     if now.axis_names:
         raise ValueError(
@@ -157,7 +161,9 @@ def _check_leaves(leaves: dict[str, LeafSharding], params: Any) -> None:
             )
         if len(leaves[path].spec) > leaf.ndim:
             raise ValueError(
-                f"on_mesh was given {leaves[path].spec} for leaf '{path}', of shape {leaf.shape}."
+                f"on_mesh was given {leaves[path].spec} for leaf '{path}', of shape {leaf.shape}. "
+                "Inside an optimizer of stacked layers leaves are rows: put on_mesh around all "
+                "of it."
             )
     unknown = sorted(set(leaves) - set(leaf_paths(params)))
     if unknown and not masked_paths(params):

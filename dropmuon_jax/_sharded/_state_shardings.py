@@ -53,16 +53,23 @@ def state_shardings(
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
     found = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
     paths = leaf_paths(params)
-    if len(found) != len(paths):
+    given = leaf_paths(jax.tree.map(lambda _: 0, shardings, is_leaf=lambda x: x is None))
+    if given != paths:
+        differing = sorted(set(given) ^ set(paths))
         raise ValueError(
-            f"shardings has {len(found)} leaves and the parameters {len(paths)}: give a tree of "
-            "NamedSharding with the structure of the parameters."
+            f"shardings has {len(found)} leaves and the parameters {len(paths)}; they differ in "
+            f"{differing[:3]}. Give a tree of NamedSharding with the structure of the parameters."
         )
     for path, sharding in zip(paths, found, strict=True):
         if not isinstance(sharding, NamedSharding):
             raise TypeError(
                 f"The sharding of '{path}' must be a NamedSharding, got {describe(sharding)}. Put "
                 "the parameters on the mesh, jax.device_put(params, shardings), or give shardings."
+            )
+    for path, leaf, sharding in zip(paths, jax.tree.leaves(params), found, strict=True):
+        if len(sharding.spec) > np.ndim(leaf):
+            raise ValueError(
+                f"'{path}' has shape {np.shape(leaf)}, and its sharding {sharding.spec}."
             )
     of_param: dict[tuple[KeyPath, tuple[int, ...]], NamedSharding] = {}
     for (path, leaf), sharding in zip(

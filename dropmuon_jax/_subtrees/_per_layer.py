@@ -35,7 +35,9 @@ def per_layer(
     were the only parameters; an inactive layer has update zero and keeps every bit of its state,
     moments and counts included, so that Adam's bias correction counts the layer's own steps and
     weight decay acts on active layers only. Transformations that look at all leaves at once, such
-    as `optax.clip_by_global_norm`, see one layer at a time; put those outside. Learning-rate
+    as `optax.clip_by_global_norm`, see one layer at a time; put those outside. (So does an LMO on a
+    mesh, whose matrices then move layer by layer, but those of a stack together: an LMO looks at
+    masks itself, and needs no `per_layer` where layers are not stacked.) Learning-rate
     schedules belong outside too: there they count all steps, and give the zero update the sign that
     keeps every bit even of a parameter of -0.0.
 
