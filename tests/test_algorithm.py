@@ -11,6 +11,9 @@ import pytest
 import dropmuon_jax as dm
 import reference
 
+# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("stem", "mid", "head")
 LEARNING_RATE = 0.05
 DECAY = 0.8

@@ -15,6 +15,9 @@ import pytest
 
 import dropmuon_jax as dm
 
+# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {"stem": (4, 6), "mid": (3, 2, 2, 5), "gain": (7,), "head": (5, 3)}
 NORMS = {
     "stem": dm.spectral_norm("rms_to_rms"),

@@ -14,7 +14,6 @@ ONE, EIGHT, POD = "one device", "eight devices", "two processes of four devices"
 MESHES = {ONE: (1, 1), EIGHT: (4, 2), POD: (2, 4)}  # data, fsdp
 RUNS = {
     "cnn": {"name": "cnn"},
-    "gpt": {"name": "gpt"},
     "gpt, depth traced": {"name": "gpt", "traced": True},
 }
 SAVE_AT = 4
@@ -23,7 +22,7 @@ SAVED = {POD: ("cnn", "gpt, depth traced"), ONE: ("cnn",), EIGHT: ()}
 
 # In float64 the "cnn" comes within 1e-14 of each loss and 5e-14 of parameters and state. Softmax in
 # `jax.nn.dot_product_attention` is in float32 all the same, and orthogonalizing magnifies its
-# rounding: the "gpt" comes within 4e-7 and 6e-6.
+# rounding: the "gpt" came within 4e-7 and 6e-6.
 LOSS_RTOL = {"cnn": 1e-12, "gpt": 1e-5}
 STATE_ATOL = {"cnn": 1e-11, "gpt": 1e-4}
 
@@ -130,7 +129,7 @@ def assert_same_results(directory, topology, run, *, resumed=False):
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_train_as_one_does(directory, pod, alone, run):
     expected = alone[ONE][run]
-    assert len(set(expected["depths"])) == {"cnn": 3, "gpt": 2}.get(run, 4)
+    assert len(set(expected["depths"])) == {"cnn": 3}.get(run, 4)
     assert expected["losses"][-1] < 0.9 * expected["losses"][0]
     for topology, found in ((EIGHT, alone[EIGHT][run]), (POD, pod[0][run])):
         assert found["depths"] == expected["depths"]

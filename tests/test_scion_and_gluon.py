@@ -11,6 +11,9 @@ import pytest
 import dropmuon_jax as dm
 import reference
 
+# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {
     "embed": (6, 4),
     "conv": (3, 2, 4, 5),

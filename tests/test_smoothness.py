@@ -11,6 +11,9 @@ import pytest
 
 import dropmuon_jax as dm
 
+# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {"stem": (6, 5), "mid": (5, 7), "head": (7, 3)}
 
 

@@ -12,6 +12,9 @@ import pytest
 import dropmuon_jax as dm
 import reference
 
+# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {"stem": (4, 6), "mid": (6, 5), "head": (5, 3)}
 NAMES = tuple(SHAPES)
 VARIANTS = (1, 2, 3)

@@ -41,15 +41,14 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def make_optimizer(name: str, traced: bool = False) -> dm.LayerMaskSampler:
+def make_optimizer(name: str) -> dm.LayerMaskSampler:
     """Drop-Muon of a network with a schedule."""
     network = make_network(name)
     layers = dm.layers_by_path(jax.eval_shape(network.init, jax.random.key(0)), network.patterns)
-    two_depths = dm.fixed_depth((0.5, 0.0, 0.5, 0.0))  # because each static one is compiled
     return dm.drop_muon(
         optax.linear_schedule(0.1, 0.02, STEPS),
         layers,
-        two_depths if name == "gpt" and not traced else dm.uniform_depth(),
+        dm.uniform_depth(),
         seed=SEED,
         # The biases of keys have no gradient but rounding: no reason for steps of full size.
         auxiliary=optax.scale_by_adam(eps=1e-3),
@@ -60,7 +59,7 @@ def make_optimizer(name: str, traced: bool = False) -> dm.LayerMaskSampler:
 @functools.cache
 def make_run(mesh: Mesh, name: str, traced: bool) -> Run:
     """The same one each time, so that a step is compiled once."""
-    network, tx = make_network(name), make_optimizer(name, traced)
+    network, tx = make_network(name), make_optimizer(name)
     layers, init = tx.layers, functools.partial(network.init, jax.random.key(0))
     params = jax.eval_shape(init)
     shardings = _fsdp(mesh, params)
