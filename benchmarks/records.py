@@ -1,5 +1,6 @@
-"""Records that benchmarks leave as JSON: what they were made with, without host names and paths."""
+"""Records that benchmarks leave, as JSON and PNG: how they were made, without names of machines."""
 
+import dataclasses
 import datetime
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 PACKAGES = ("dropmuon-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -36,6 +38,26 @@ def environment() -> dict[str, Any]:
 def to_json(tree: Any) -> str:
     """JSON proper: what is not finite becomes null (never reached, or diverged)."""
     return json.dumps(_finite(tree), indent=1, allow_nan=False) + "\n"
+
+
+def save_study(benchmark: str, settings: Any, results: dict[str, Any], figure: Figure) -> str:
+    """Writes a study as JSON and PNG, under its name.
+
+    Args:
+        benchmark: The name.
+        settings: A dataclass, whose `output_dir` is where they go.
+        results: What is recorded beside arguments and environment.
+        figure: The picture.
+
+    Returns:
+        A sentence that says where they are.
+    """
+    arguments = dataclasses.asdict(settings)
+    folder = arguments.pop("output_dir")  # of the machine, not of the measurement
+    record = {"benchmark": benchmark, "arguments": arguments, "environment": environment()}
+    (folder / f"{benchmark}.json").write_text(to_json(record | results), encoding="utf-8")
+    figure.savefig(folder / f"{benchmark}.png", dpi=150)
+    return f"Written to {folder}: {benchmark}.json, {benchmark}.png"
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,6 @@
 python benchmarks/scale.py --output-dir results
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from records import environment, to_json
+from records import save_study
 from scale_study.model import model_step, modelled_cases
 from scale_study.plot import make_figure
 from scale_study.programs import Programs
@@ -49,21 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     measured = measure(settings, console)
-    arguments_record = dataclasses.asdict(settings)
-    del arguments_record["output_dir"]  # of the machine, not of the measurement
-    text = to_json(
-        {
-            "benchmark": "scale",
-            "arguments": arguments_record,
-            "environment": environment(),
-            **record(measured, settings),
-        }
-    )
-    (settings.output_dir / "scale.json").write_text(text, encoding="utf-8")
-    figure = make_figure(measured, settings)
-    figure.savefig(settings.output_dir / "scale.png", dpi=130)
     print_tables(console, measured, settings)
-    console.print(f"Written to {settings.output_dir}: scale.json, scale.png")
+    figure = make_figure(measured, settings)
+    console.print(save_study("scale", settings, record(measured, settings), figure))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 python benchmarks/stacked_cost.py --output-dir results
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from records import environment, to_json
+from records import save_study
 from stacked_study.counts import count, count_compilations, warm_up
 from stacked_study.plot import make_figure
 from stacked_study.programs import Problem
@@ -42,21 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     measured = measure(settings, console)
-    arguments_record = dataclasses.asdict(settings)
-    del arguments_record["output_dir"]  # of the machine, not of the measurement
-    text = to_json(
-        {
-            "benchmark": "stacked_cost",
-            "arguments": arguments_record,
-            "environment": environment(),
-            **record(measured, settings),
-        }
-    )
-    (settings.output_dir / "stacked_cost.json").write_text(text, encoding="utf-8")
-    figure = make_figure(measured, settings)
-    figure.savefig(settings.output_dir / "stacked_cost.png", dpi=150)
     print_tables(console, measured, settings)
-    console.print(f"Written to {settings.output_dir}: stacked_cost.json, stacked_cost.png")
+    figure = make_figure(measured, settings)
+    console.print(save_study("stacked_cost", settings, record(measured, settings), figure))
 
 
 if __name__ == "__main__":
