@@ -11,6 +11,8 @@ import pytest
 
 import dropmuon_jax as dm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NUM_LAYERS = 6
 
 

@@ -14,6 +14,8 @@ from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Where five steps take singular values of at least 1e-3, by newton_schulz_lmo's docstring.
 LOW, HIGH = 0.86, 1.14
 # Steps after which only rounding remains.

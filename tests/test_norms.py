@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 import dropmuon_jax as dm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE_FACTORS = ("spectral", "muon", "moonlight", "rms_to_rms", "scion")
 NORMS: dict[str, dm.Norm] = {
     **{name: dm.spectral_norm(name) for name in SHAPE_FACTORS},

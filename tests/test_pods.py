@@ -96,14 +96,6 @@ def alone(directory, pod):
     }
 
 
-@pytest.fixture(scope="module")
-def resumed_pod(directory, alone):
-    """Of each process, the run that one device has saved."""
-    jobs = [resumed_run(directory, POD, run, saved_on=ONE) for run in SAVED[ONE]]
-    [answers] = run_pods(make_pod(directory, "resumed pod", 2, 4, jobs))
-    return [run for [run] in answers]
-
-
 def assert_same_losses(run, found, expected):
     np.testing.assert_allclose(found, expected, rtol=LOSS_RTOL[RUNS[run]["name"]])
 
@@ -176,9 +168,3 @@ def test_processes_that_draw_otherwise_are_told(pod):
 def test_one_process_resumes_what_a_pod_has_saved(directory, alone, topology, run):
     assert_resumed(run, alone[topology][f"{run}, resumed"], alone[ONE][run])
     assert_same_results(directory, topology, run, resumed=True)
-
-
-def test_a_pod_resumes_what_one_device_has_saved(directory, alone, resumed_pod):
-    for resumed in resumed_pod:
-        assert_resumed("cnn", resumed, alone[ONE]["cnn"])
-    assert_same_results(directory, POD, "cnn", resumed=True)

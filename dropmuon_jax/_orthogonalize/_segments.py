@@ -35,7 +35,7 @@ def choose_segments(
         Lengths that add up to the number of rows. All ones is the plain iteration on X.
     """
     plain = (1,) * len(rows)
-    longest = _longest_segments(rows, roundoff)
+    longest = _longest_segments(tuple(map(tuple, rows)), roundoff)
     return min(longest, plain, key=lambda segments: count_products(segments, num_rows, num_cols))
 
 
@@ -46,7 +46,7 @@ def count_products(segments: Sequence[int], num_rows: int, num_cols: int) -> int
 
 
 @functools.cache  # planning for a pod asks for thousands
-def _longest_segments(rows: Sequence[Row], roundoff: float) -> tuple[int, ...]:
+def _longest_segments(rows: tuple[Row, ...], roundoff: float) -> tuple[int, ...]:
     """The longest segments in which rounding stays below the error of the polynomials.
 
     R = XXᵀ is rounded relative to its largest eigenvalue. A step multiplies its smallest ones by

@@ -116,7 +116,6 @@ CASES = {
     "traced, told": ("sides", True, False, "mvr"),
     "traced, not told": ("sides", True, None, "momentum"),
     "traced, explicit": ("sides", True, True, "momentum"),
-    "rows, static": ("rows", False, False, "momentum"),
     "rows, traced": ("rows", True, False, "mvr"),
 }
 
