@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "eight_devices"
-SECONDS = 300  # each takes a tenth of it
+SECONDS = 300  # several times what each takes
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)

@@ -48,6 +48,10 @@ def on_mesh(
       counting both on the busiest device. Each axis of the mesh may share out whole matrices,
       longer sides, or nothing, so that with more devices than matrices the bytes do not grow.
 
+    (A function of your own that `jax.jit` has traced keeps the layout of its first trace: JAX does
+    not know that it depends on it. And an axis of the mesh that `jax.vmap` has taken over a sharded
+    axis of explicit arrays cannot share out anything: JAX refuses.)
+
     Args:
         transformation: Any; what is said here holds for all that is inside. `update` is to run in
             `jax.jit`, and its arguments to lie on the mesh, `jax.device_put(params, shardings)`:
@@ -61,10 +65,6 @@ def on_mesh(
 
     Returns:
         The transformation; a :class:`LayerMaskSampler` if it was one, with its draws.
-
-    (A function of your own that `jax.jit` has traced keeps the layout of its first trace: JAX does
-    not know that it depends on it. And an axis of the mesh that `jax.vmap` has taken over a sharded
-    axis of explicit arrays cannot share out anything: JAX refuses.)
 
     Raises:
         TypeError: If `mesh` is neither, naming the leaf.

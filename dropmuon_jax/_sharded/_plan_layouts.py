@@ -188,6 +188,8 @@ def _matrices(
         num_rows = int(np.broadcast_to(flags[path], whole[path].shape[:stacked] or 1).sum())
         if not num_rows:
             continue
+        if stacked and path in known and known[path].leading:
+            num_rows = whole[path].shape[0]  # devices work on all the rows that they have
         array = jax.eval_shape(lambda leaf, axes=axes: to_blocks(leaf, axes)[0].array, row)
         array = jax.ShapeDtypeStruct(
             (num_rows * array.shape[0], *array.shape[1:]), np.promote_types(row.dtype, np.float32)
@@ -196,7 +198,7 @@ def _matrices(
         if path in known and stacked:
             of_row = known[path].of_row()
             of_batch, *sides = placement(axes, of_row.spec)
-            placed = (of_row.rows + of_batch, *sides)
+            placed = (of_row.rows or of_batch, *sides)
         elif path in known:
             placed = placement(axes, known[path].spec)
         leaves.append((array, Kind(len(axes.fan_in), placed)))
