@@ -76,7 +76,9 @@ from dropmuon_jax._radii import (
     star_convex_rate,
 )
 from dropmuon_jax._sampling import (
+    AdaptiveDistribution,
     LayerDistribution,
+    LayerGainsState,
     LayerMaskSampler,
     LayerMaskSamplerState,
     depth_subsets,
@@ -86,6 +88,7 @@ from dropmuon_jax._sampling import (
     full_depth,
     independent_layers,
     layer_mask_sampler,
+    time_aware_depth,
     uniform_depth,
 )
 from dropmuon_jax._sharded import (
@@ -113,9 +116,11 @@ __all__ = [
     "ROLE_NORMS",
     "SCION_CNN_RADII",
     "SCION_GPT_RADII",
+    "AdaptiveDistribution",
     "AdaptiveRadius",
     "Geometry",
     "LayerDistribution",
+    "LayerGainsState",
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "Layers",
@@ -204,6 +209,7 @@ __all__ = [
     "svd_lmo",
     "svd_sharp",
     "switch_depth",
+    "time_aware_depth",
     "trace_layers",
     "track_smoothness",
     "uniform_depth",

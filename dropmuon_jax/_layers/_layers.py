@@ -334,6 +334,15 @@ class Layers:
             for leaf, x in zip(self._indices(tree), leaves, strict=True)
         )
 
+    def rows_of(self, tree: Any) -> list[tuple[int, ...]]:
+        """The layers of the rows of each leaf of a tree; of a leaf that is not stacked, its layer.
+
+        Raises:
+            ValueError: If a leaf is not one of the parameters that the layers were made from.
+        """
+        rows = self._rows_of_leaf()
+        return [rows[leaf] for leaf in self._indices(tree)]
+
     def _indices(self, tree: Any) -> list[int]:
         """Which of the parameters each leaf of a tree is."""
         index = {key: leaf for leaf, key in enumerate(self.leaf_keys)}

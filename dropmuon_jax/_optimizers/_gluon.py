@@ -13,7 +13,12 @@ from dropmuon_jax._momentum import gluon_decay
 from dropmuon_jax._momentum import momentum as _momentum
 from dropmuon_jax._optimizers._composition import every_layer, role_subtrees
 from dropmuon_jax._radii import Radius
-from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
+from dropmuon_jax._sampling import (
+    AdaptiveDistribution,
+    LayerDistribution,
+    LayerMaskSampler,
+    layer_mask_sampler,
+)
 
 
 def gluon(
@@ -90,10 +95,11 @@ def gluon(
 def drop_gluon(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
-    depth_distribution: LayerDistribution,
+    depth_distribution: LayerDistribution | AdaptiveDistribution,
     radii: Mapping[str, Radius] | None = None,
     *,
     seed: int,
+    steps_per_draw: int = 1,
     momentum: optax.GradientTransformation | None = None,
     lmos: Mapping[str, optax.GradientTransformation] | None = None,
     roles: Mapping[str, str] | None = None,
@@ -110,9 +116,11 @@ def drop_gluon(
     Args:
         learning_rate: As in :func:`gluon`; schedules count all steps.
         layers: The layers, over the whole parameters.
-        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
+        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`, or
+            :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         radii: As in :func:`gluon`.
         seed: Seed of the draws, a Python integer.
+        steps_per_draw: How many steps in a row share a draw.
         momentum: As in :func:`gluon`.
         lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into
             :func:`per_layer`.
@@ -140,7 +148,9 @@ def drop_gluon(
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
         arXiv:2510.02239, Algorithm 1. Riabinin et al., *Gluon*, 2025, arXiv:2505.13416.
     """
-    sampler = layer_mask_sampler(layers, depth_distribution, seed=seed)
+    sampler = layer_mask_sampler(
+        layers, depth_distribution, seed=seed, steps_per_draw=steps_per_draw
+    )
     subtrees = role_subtrees(
         learning_rate,
         dict.fromkeys(ROLES, 1.0) if radii is None else radii,

@@ -22,16 +22,22 @@ from dropmuon_jax._optimizers._composition import (
     every_layer,
     row_by_row,
 )
-from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
+from dropmuon_jax._sampling import (
+    AdaptiveDistribution,
+    LayerDistribution,
+    LayerMaskSampler,
+    layer_mask_sampler,
+)
 from dropmuon_jax._subtrees import chain_subtrees, per_layer
 
 
 def drop_muon(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
-    depth_distribution: LayerDistribution,
+    depth_distribution: LayerDistribution | AdaptiveDistribution,
     *,
     seed: int,
+    steps_per_draw: int = 1,
     momentum: optax.GradientTransformation | None = None,
     lmo: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -65,8 +71,10 @@ def drop_muon(
     Args:
         learning_rate: The radius γ of a step, or a schedule of it over all steps.
         layers: The layers, over the whole parameters.
-        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
+        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`, or
+            :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         seed: Seed of the draws, a Python integer.
+        steps_per_draw: How many steps in a row share a draw.
         momentum: The momentum of the matrices, by default `momentum(decay=0.9)`. With
             :func:`mvr_momentum` the previous parameters of everything else are kept too.
         lmo: The LMO of the matrices, by default `newton_schulz_lmo(shape_factor="muon")`.
@@ -103,7 +111,9 @@ def drop_muon(
         arXiv:2510.02239, Algorithm 1, in its LMO form with radius γ. The shape factor is Muon's
         (Jordan et al., 2024), and the auxiliary optimizer is customary, not the paper's.
     """
-    sampler = layer_mask_sampler(layers, depth_distribution, seed=seed)
+    sampler = layer_mask_sampler(
+        layers, depth_distribution, seed=seed, steps_per_draw=steps_per_draw
+    )
     subtrees = _muon_subtrees(
         learning_rate,
         momentum=momentum,

@@ -26,7 +26,12 @@ from dropmuon_jax._optimizers._composition import (
     role_subtrees,
 )
 from dropmuon_jax._radii import AdaptiveRadius, Radius, leaf_radii
-from dropmuon_jax._sampling import LayerDistribution, LayerMaskSampler, layer_mask_sampler
+from dropmuon_jax._sampling import (
+    AdaptiveDistribution,
+    LayerDistribution,
+    LayerMaskSampler,
+    layer_mask_sampler,
+)
 
 # The radii of Scion's recipes (arXiv:2502.07529 and its repository): for a GPT-2 of width 768 with
 # a tied head and without learned positions, biases and scales, and for the CNN of airbench, whose
@@ -236,10 +241,11 @@ def _cut(tree: Any, labels: Any, role: str) -> Any:
 def drop_scion(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
-    depth_distribution: LayerDistribution,
+    depth_distribution: LayerDistribution | AdaptiveDistribution,
     radii: Mapping[str, Radius],
     *,
     seed: int,
+    steps_per_draw: int = 1,
     constrained: bool = True,
     momentum: optax.GradientTransformation | None = None,
     lmos: Mapping[str, optax.GradientTransformation] | None = None,
@@ -255,9 +261,11 @@ def drop_scion(
     Args:
         learning_rate: As in :func:`scion`.
         layers: The layers, over the whole parameters.
-        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`.
+        depth_distribution: What is drawn in each step, such as :func:`uniform_depth`, or
+            :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         radii: As in :func:`scion`.
         seed: Seed of the draws, a Python integer.
+        steps_per_draw: How many steps in a row share a draw.
         constrained: As in :func:`scion`.
         momentum: Likewise.
         lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into
@@ -288,7 +296,9 @@ def drop_scion(
         arXiv:2510.02239, Algorithm 1 with a norm for each layer; the constrained step in it is
         ours. Pethick et al., 2025, arXiv:2502.07529.
     """
-    sampler = layer_mask_sampler(layers, depth_distribution, seed=seed)
+    sampler = layer_mask_sampler(
+        layers, depth_distribution, seed=seed, steps_per_draw=steps_per_draw
+    )
     subtrees = role_subtrees(
         learning_rate,
         radii,

@@ -1,5 +1,6 @@
 """Which layers a step updates: distributions, and the sampler that draws from them."""
 
+from dropmuon_jax._sampling._adaptive import AdaptiveDistribution, time_aware_depth
 from dropmuon_jax._sampling._distributions import (
     LayerDistribution,
     depth_subsets,
@@ -10,6 +11,7 @@ from dropmuon_jax._sampling._distributions import (
     independent_layers,
     uniform_depth,
 )
+from dropmuon_jax._sampling._record import LayerGainsState
 from dropmuon_jax._sampling._sampler import (
     LayerMaskSampler,
     LayerMaskSamplerState,
@@ -17,7 +19,9 @@ from dropmuon_jax._sampling._sampler import (
 )
 
 __all__ = [
+    "AdaptiveDistribution",
     "LayerDistribution",
+    "LayerGainsState",
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "depth_subsets",
@@ -27,5 +31,6 @@ __all__ = [
     "full_depth",
     "independent_layers",
     "layer_mask_sampler",
+    "time_aware_depth",
     "uniform_depth",
 ]

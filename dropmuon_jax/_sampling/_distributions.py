@@ -51,9 +51,16 @@ class LayerDistribution:
         self, step: Array | int, num_layers: int
     ) -> Float[Array, " num_layers"]:
         """π_i = Σ_{S ∋ i} P(S), how likely each layer is active in a step; by enumeration."""
-        # A sum, not a matrix product, which an accelerator would round to a half precision.
         probabilities = jnp.asarray(self.probabilities(step, num_layers), jnp.float32)
-        return jnp.sum(probabilities[:, None] * self.subsets(num_layers), axis=0)
+        return inclusion_probabilities(probabilities, self.subsets(num_layers))
+
+
+def inclusion_probabilities(
+    probabilities: Float[Array, " num_subsets"], subsets: Bool[np.ndarray, "num_subsets num_layers"]
+) -> Float[Array, " num_layers"]:
+    """Of each layer the probability of all subsets that hold it."""
+    # A sum, not a matrix product, which an accelerator would round to a half precision.
+    return jnp.sum(probabilities[:, None] * subsets, axis=0)
 
 
 def depth_subsets(num_layers: int) -> Bool[np.ndarray, "num_layers num_layers"]:

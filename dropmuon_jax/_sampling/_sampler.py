@@ -17,13 +17,20 @@ from dropmuon_jax._checks import (
 )
 from dropmuon_jax._layers import Layers, check_layers
 from dropmuon_jax._masks import check_rows, is_static, resolve_mask, where_active
-from dropmuon_jax._sampling._distributions import LayerDistribution, depth_subsets
+from dropmuon_jax._sampling._adaptive import AdaptiveDistribution
+from dropmuon_jax._sampling._distributions import (
+    LayerDistribution,
+    depth_subsets,
+    inclusion_probabilities,
+)
 from dropmuon_jax._sampling._draws import draw_index
+from dropmuon_jax._sampling._fit import check_distribution
+from dropmuon_jax._sampling._host_draws import LAST_STEP, HostDraws, check_step
 from dropmuon_jax._sampling._processes import check_agreement
+from dropmuon_jax._sampling._record import find_record, record_gains
+from dropmuon_jax._sampling._recorded_draws import RecordedDraws
 
-_STEPS_PER_BLOCK = 1024  # how many steps the host draws at once
 _STEPS_TO_COMPARE = 64  # how many draws processes compare
-_LAST_STEP = 2**31 - 1
 
 
 class LayerMaskSamplerState(NamedTuple):
@@ -37,58 +44,74 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
     """An Optax transformation that also knows which layers each step updates.
 
     Made by :func:`layer_mask_sampler` and, with a whole optimizer before it, by
-    :func:`drop_muon`. Every draw is a pure function of seed and step. A chain around it has no
-    draws of its own: keep the sampler, or let :meth:`attach_to` add them.
+    :func:`drop_muon`. Every draw is a pure function of seed and step, and with an
+    :class:`AdaptiveDistribution` of the record in the optimizer state, which then must be given.
+    (With others it may be.) A chain around it has no draws of its own: keep the sampler, or let
+    :meth:`attach_to` add them.
 
     Attributes:
         layers: The :class:`Layers` that are drawn from.
-        distribution: The :class:`LayerDistribution`.
+        distribution: The :class:`LayerDistribution` or :class:`AdaptiveDistribution`.
         subsets: NumPy booleans of shape (num_subsets, num_layers): what can be drawn, by index. For
             a distribution over depths the index is the depth.
+        steps_per_draw: How many steps in a row share a draw.
     """
 
     layers: Layers
-    distribution: LayerDistribution
+    distribution: LayerDistribution | AdaptiveDistribution
     subsets: np.ndarray
+    steps_per_draw: int
     _seed: int | jax.Array
+    _keeps_record: bool
 
-    def sample(self, count: Int[Array, ""] | int) -> Int[Array, ""]:
+    def sample(self, count: Int[Array, ""] | int, opt_state: Any = None) -> Int[Array, ""]:
         """The drawn index of a step, for use on the device; `count` may be traced.
+
+        Args:
+            count: The step.
+            opt_state: The optimizer state before it, for an adaptive distribution.
 
         Returns:
             A scalar int32: the depth, or the row of `subsets`, for :func:`switch_depth`.
         """
-        return draw_index(self._seed, count, self.probabilities(count))
+        draw = count // self.steps_per_draw
+        return draw_index(self._seed, draw, self.probabilities(count, opt_state))
 
-    def depth(self, step: int) -> int:
-        """The depth of a step, on the host, without touching the device that trains.
+    def depth(self, step: int, opt_state: Any = None) -> int:
+        """The depth of a step, on the host, without waiting for the device that trains.
+
+        With an adaptive distribution the sampler follows one run, step by step: it reads the plans
+        in `opt_state` a period ahead, and waits for the device only at the first step, or at one
+        that does not follow the last.
 
         Args:
             step: A Python integer, at least 0.
+            opt_state: The optimizer state before the step, for an adaptive distribution.
 
         Returns:
-            A Python integer in [0, num_layers), equal to `sample(step)`.
+            A Python integer in [0, num_layers), equal to `sample(step, opt_state)`.
 
         Raises:
-            TypeError: If `step` is an array (reading it back would end asynchronous dispatch), or
-                the distribution is not over depths.
-            ValueError: If `step` is negative.
+            TypeError: If `step` is an array (reading it back would end asynchronous dispatch), if
+                the distribution is not over depths, or is adaptive and `opt_state` missing.
+            ValueError: If `step` is negative, not that of `opt_state`, or `opt_state` has no record
+                or that of another run.
         """
         if not self._draws_depths:
             raise TypeError(
                 "This distribution draws arbitrary subsets, not depths. Take sampler.active(step) "
                 "as the static argument and layers.subset(active) as the mask."
             )
-        return self._index(step)
+        return self._index(step, opt_state)
 
-    def active(self, step: int) -> tuple[bool, ...]:
+    def active(self, step: int, opt_state: Any = None) -> tuple[bool, ...]:
         """The layers of a step, one boolean each, on the host; hashable, so a static argument.
 
-        `layers.subset(active)` is the mask. Raises as :meth:`depth` does.
+        `layers.subset(active)` is the mask. Arguments and errors as in :meth:`depth`.
         """
-        return tuple(self.subsets[self._index(step)].tolist())
+        return tuple(self.subsets[self._index(step, opt_state)].tolist())
 
-    def check_processes(self, step: int) -> None:
+    def check_processes(self, step: int, opt_state: Any = None) -> None:
         """Error unless every process of the pod is about to draw the same layers.
 
         All processes call it, before the first step and after restoring a checkpoint: from then on
@@ -97,29 +120,56 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
 
         Args:
             step: The next one, a Python integer.
+            opt_state: The optimizer state before it, for an adaptive distribution.
 
         Raises:
             ValueError: If processes differ in seed, step, layers or distribution, saying how.
         """
-        draws = [self._index(step + i) for i in range(_STEPS_TO_COMPARE)]
-        # Distributions that change along a run may part later than these draws.
-        ahead = np.minimum(step + 2 ** np.arange(31), _LAST_STEP)
-        probabilities = np.round([self.probabilities(int(later)) for later in ahead], 4)
-        description = f"{self.layers}{self.subsets.tolist()}{probabilities.tolist()}"
-        check_agreement(int(self._seed), step, draws, description)
+        if isinstance(self.distribution, AdaptiveDistribution):
+            draws = [self._index(step, opt_state)]
+            record = find_record(opt_state)
+            # What is planned next, of the record and of gains that are all alike.
+            alike = jnp.ones(self.layers.num_layers, jnp.float32)
+            plans = map(self.distribution.plan, (record.gains, alike))
+            probabilities = [record.probabilities, record.next_probabilities, *plans]
+            periods = f"{self.distribution.steps_per_plan} {self.distribution.decay}"
+        else:
+            draws = [self._index(step + i, None) for i in range(_STEPS_TO_COMPARE)]
+            # Distributions that change along a run may part later than these draws.
+            ahead = np.minimum(step + 2 ** np.arange(31), LAST_STEP)
+            probabilities = [self.probabilities(int(later)) for later in ahead]
+            periods = ""
+        compared = np.round([np.asarray(of_step) for of_step in probabilities], 4).tolist()
+        layers = f"{self.layers}{self.subsets.tolist()}{self.steps_per_draw}"
+        check_agreement(int(self._seed), step, draws, f"{layers}{compared}{periods}")
 
-    def probabilities(self, step: Array | int) -> Float[Array, " num_subsets"]:
-        """The probability of each row of `subsets` at a step: of each depth."""
+    def probabilities(
+        self, step: Array | int, opt_state: Any = None
+    ) -> Float[Array, " num_subsets"]:
+        """The probability of each row of `subsets` at a step: of each depth.
+
+        With an adaptive distribution, in the period that the state is in.
+        """
+        if isinstance(self.distribution, AdaptiveDistribution):
+            self._check_given(opt_state)
+            return jnp.asarray(find_record(opt_state).probabilities)
+        first = step // self.steps_per_draw * self.steps_per_draw
         return jnp.asarray(
-            self.distribution.probabilities(step, self.layers.num_layers), jnp.float32
+            self.distribution.probabilities(first, self.layers.num_layers), jnp.float32
         )
 
-    def inclusion_probabilities(self, step: Array | int) -> Float[Array, " num_layers"]:
+    def inclusion_probabilities(
+        self, step: Array | int, opt_state: Any = None
+    ) -> Float[Array, " num_layers"]:
         """How likely each layer is active at a step; exact."""
-        return self.distribution.inclusion_probabilities(step, self.layers.num_layers)
+        return inclusion_probabilities(self.probabilities(step, opt_state), self.subsets)
 
     def attach_to(self, transformation: optax.GradientTransformation) -> "LayerMaskSampler":
         """A transformation with this sampler's draws beside its `init` and `update`.
+
+        With an adaptive distribution, the first transformation that the sampler is attached to also
+        keeps the record, a :class:`LayerGainsState` around its state: give it the whole chain, from
+        the gradient to the update.
 
         Examples:
             >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -131,47 +181,50 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
             0
         """
         check_transformation("transformation", transformation)
+        keeps_record = isinstance(self.distribution, AdaptiveDistribution)
+        if keeps_record and not self._keeps_record:
+            assert isinstance(self.distribution, AdaptiveDistribution)
+            transformation = record_gains(transformation, self.layers, self.distribution)
         init, update = optax.with_extra_args_support(transformation)
-        return _make_sampler(init, update, self.layers, self.distribution, self._seed)
+        return _make_sampler(
+            *(init, update, self.layers, self.distribution, self._seed, self.steps_per_draw),
+            keeps_record=keeps_record,
+        )
 
     @functools.cached_property
     def _draws_depths(self) -> bool:
         return np.array_equal(self.subsets, depth_subsets(self.layers.num_layers))
 
-    def _index(self, step: int) -> int:
-        step = static_int(
-            "step", step, minimum=0, hint="Count the steps in Python, or use sampler.sample."
-        )
-        if step > _LAST_STEP:
-            raise ValueError(f"step must be at most {_LAST_STEP}, an int32, got {step}.")
-        block, offset = divmod(step, _STEPS_PER_BLOCK)
-        return int(self._draw_block(block)[offset])
+    def _index(self, step: int, opt_state: Any) -> int:
+        step = check_step(step)
+        if isinstance(self.distribution, AdaptiveDistribution):
+            self._check_given(opt_state)
+            return self._recorded_draws.index(step, opt_state)
+        return self._host_draws.index(step // self.steps_per_draw)
+
+    def _check_given(self, opt_state: Any) -> None:
+        if opt_state is None:
+            raise TypeError(
+                "This distribution follows the run: give the optimizer state before the step, "
+                "sampler.depth(step, opt_state)."
+            )
 
     @functools.cached_property
-    def _draw_block(self):
-        draw = jax.jit(jax.vmap(lambda count: (self.sample(count), self.probabilities(count))))
+    def _host_draws(self) -> HostDraws:
+        return HostDraws(self._seed, lambda draw: self.probabilities(draw * self.steps_per_draw))
 
-        @functools.lru_cache(maxsize=4)
-        def draw_block(block: int) -> np.ndarray:
-            start = block * _STEPS_PER_BLOCK
-            steps = np.arange(start, start + _STEPS_PER_BLOCK, dtype=np.int32)
-            # On the host's processor, so that a busy accelerator is not waited for; now, even if a
-            # user's trace is under way; and under a transfer guard, which guards the accelerator.
-            with (
-                jax.ensure_compile_time_eval(),
-                jax.transfer_guard("allow"),
-                jax.default_device(_host_device()),
-            ):
-                indices, probabilities = map(np.asarray, draw(steps))
-            for step, of_step in enumerate(probabilities, start):
-                _check_probabilities(of_step, step)
-            return indices
-
-        return draw_block
+    @functools.cached_property
+    def _recorded_draws(self) -> RecordedDraws:
+        assert isinstance(self.distribution, AdaptiveDistribution)
+        return RecordedDraws(self._seed, self.distribution.steps_per_plan, self.steps_per_draw)
 
 
 def layer_mask_sampler(
-    layers: Layers, depth_distribution: LayerDistribution, *, seed: int | jax.Array
+    layers: Layers,
+    depth_distribution: LayerDistribution | AdaptiveDistribution,
+    *,
+    seed: int | jax.Array,
+    steps_per_draw: int = 1,
 ) -> LayerMaskSampler:
     """Draws the layers of each step, and lets only their updates through.
 
@@ -192,8 +245,12 @@ def layer_mask_sampler(
 
     Args:
         layers: The layers, over the whole parameters.
-        depth_distribution: A :class:`LayerDistribution`, such as :func:`uniform_depth`.
+        depth_distribution: A :class:`LayerDistribution`, such as :func:`uniform_depth`; or one that
+            follows the run, such as :func:`time_aware_depth`, for which the whole chain is made by
+            `sampler.attach_to(optax.chain(…, sampler))`, and draws need `opt_state`.
         seed: A Python integer from 0 to 2^64 - 1. (A scalar array works too, for `sample` only.)
+        steps_per_draw: How many steps in a row share a draw, at least 1. It divides the
+            `steps_per_plan` of an adaptive distribution.
 
     Returns:
         A :class:`LayerMaskSampler`: a transformation whose `update` requires the extra argument
@@ -224,16 +281,18 @@ def layer_mask_sampler(
         arXiv:2510.02239, Algorithm 1.
     """
     check_layers(layers)
-    if not isinstance(depth_distribution, LayerDistribution):
-        raise TypeError(
-            "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), "
-            f"got {describe(depth_distribution)}."
-        )
     if not isinstance(seed, jax.Array):
         seed = static_int("seed", seed, minimum=0)
         if seed >= 1 << 64:
             raise ValueError(f"seed must be below 2^64, got {seed}.")
-    _check_distribution(depth_distribution, layers)
+    steps_per_draw = static_int("steps_per_draw", steps_per_draw, minimum=1)
+    if not isinstance(depth_distribution, LayerDistribution | AdaptiveDistribution):
+        raise TypeError(
+            "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), or an "
+            f"AdaptiveDistribution such as dm.time_aware_depth(…), got "
+            f"{describe(depth_distribution)}."
+        )
+    check_distribution(depth_distribution, layers, steps_per_draw)
 
     def init_fn(params: optax.Params) -> LayerMaskSamplerState:
         layers.units_of(params)  # an error if a leaf is in no layer
@@ -259,67 +318,27 @@ def layer_mask_sampler(
         updates = jax.tree.map(let_through, layer_mask, updates)
         return updates, LayerMaskSamplerState(jnp.asarray(optax.safe_increment(state.count)))
 
-    return _make_sampler(init_fn, update_fn, layers, depth_distribution, seed)
+    return _make_sampler(
+        *(init_fn, update_fn, layers, depth_distribution, seed, steps_per_draw), keeps_record=False
+    )
 
 
 def _make_sampler(
     init: Any,
     update: Any,
     layers: Layers,
-    distribution: LayerDistribution,
+    distribution: LayerDistribution | AdaptiveDistribution,
     seed: int | jax.Array,
+    steps_per_draw: int,
+    *,
+    keeps_record: bool,
 ) -> LayerMaskSampler:
     # Optax unpacks a transformation as the pair (init, update), so all else is an attribute.
     sampler = LayerMaskSampler(init, update)
     sampler.layers = layers
     sampler.distribution = distribution
     sampler.subsets = np.asarray(distribution.subsets(layers.num_layers))
+    sampler.steps_per_draw = steps_per_draw
     sampler._seed = seed
+    sampler._keeps_record = keeps_record
     return sampler
-
-
-def _check_distribution(distribution: LayerDistribution, layers: Layers) -> None:
-    """Error unless the distribution fits the layers and can be traced."""
-    num_layers, names = layers.num_layers, ", ".join(layers.names)
-    subsets = np.asarray(distribution.subsets(num_layers))
-    if subsets.dtype != bool:
-        raise TypeError(f"subsets of the distribution must be booleans, got {subsets.dtype}.")
-    if subsets.ndim != 2 or subsets.shape[1] != num_layers:
-        raise ValueError(
-            f"The distribution is over subsets of shape {subsets.shape}, and there are "
-            f"{num_layers} layers: {names}."
-        )
-    with jax.ensure_compile_time_eval():
-        probabilities = np.asarray(distribution.probabilities(0, num_layers))
-    if probabilities.shape != (len(subsets),):
-        raise ValueError(
-            f"The distribution gives {probabilities.size} probabilities, and {num_layers} layers "
-            f"need {len(subsets)}: {names}."
-        )
-    _check_probabilities(probabilities, 0)
-    try:
-        jax.eval_shape(
-            lambda step: distribution.probabilities(step, num_layers),
-            jax.ShapeDtypeStruct((), jnp.int32),
-        )
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(
-            "probabilities of the distribution must be a function of a traced step: write "
-            "jnp.where(step < n, …) in place of a Python `if`."
-        ) from error
-
-
-def _check_probabilities(probabilities: np.ndarray, step: int) -> None:
-    if not (probabilities >= 0).all():
-        raise ValueError(f"probabilities must not be negative, got {probabilities} at step {step}.")
-    if not np.isclose(probabilities.sum(), 1, atol=1e-5):
-        raise ValueError(
-            f"probabilities must sum to 1, got {probabilities.sum():g} at step {step}."
-        )
-
-
-def _host_device() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS without "cpu"
-        return None

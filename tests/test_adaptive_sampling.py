@@ -1,0 +1,354 @@
+"""Samplers that follow the run: what they record, how they plan, what the host reads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dropmuon_jax as dm
+from dropmuon_jax._sampling import _recorded_draws
+from dropmuon_jax._waiting import minimise_waiting
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+COSTS = [1.0, 0.5, 0.1]
+NAMES = ["stem", "mid", "head"]
+
+
+def make_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(4, 6), (6, 6), (6, 2)]
+    kernels = (jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True))
+    return {name: {"kernel": kernel} for name, kernel in zip(NAMES, kernels, strict=True)}
+
+
+X = jax.random.normal(jax.random.key(1), (16, 4))
+Y = jax.random.normal(jax.random.key(2), (16, 2))
+
+
+def loss_fn(params, x):
+    for name in NAMES:
+        x = jnp.tanh(x @ params[name]["kernel"])
+    return jnp.mean((x - Y) ** 2)
+
+
+def make_tx(*, seed=0, steps_per_plan=4, steps_per_draw=1, rate=0.5):
+    layers = dm.layers_by_path(make_params(), NAMES)
+    distribution = dm.time_aware_depth(COSTS, steps_per_plan=steps_per_plan, rate=rate)
+    return dm.drop_muon(0.05, layers, distribution, seed=seed, steps_per_draw=steps_per_draw)
+
+
+def make_step(tx):
+    def step(params, opt_state, layer_mask):
+        loss, grads = dm.masked_value_and_grad(loss_fn)(params, X, layer_mask=layer_mask)
+        updates, opt_state = tx.update(grads, opt_state, params, layer_mask=layer_mask)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return step
+
+
+@functools.cache
+def shared_train_step():
+    """Of every optimizer with four steps a plan, whatever its seed and draws."""
+    return make_train_step(make_tx())
+
+
+def make_train_step(tx):
+    @functools.partial(jax.jit, static_argnames="depth", donate_argnums=(0, 1))
+    def train_step(params, opt_state, depth):
+        return make_step(tx)(params, opt_state, tx.layers.mask(depth))[0]
+
+    return train_step
+
+
+def train(tx, num_steps, params=None, opt_state=None, first=0, train_step=None):
+    """Depths, and what is left after the steps."""
+    params = jax.tree.map(jnp.array, make_params() if params is None else params)
+    opt_state = tx.init(params) if opt_state is None else jax.tree.map(jnp.array, opt_state)
+    train_step = train_step or shared_train_step()
+    depths = []
+    for step in range(first, first + num_steps):
+        depths.append(tx.depth(step, opt_state))
+        params, opt_state = train_step(params, opt_state, depth=depths[-1])
+    return depths, params, opt_state
+
+
+@pytest.mark.parametrize("steps_per_draw", [1, 2])
+def test_the_host_draws_what_the_device_draws(steps_per_draw):
+    tx = make_tx(steps_per_draw=steps_per_draw)
+    depths, *_ = train(tx, 48)
+    assert set(depths) == {0, 1, 2}
+    assert shared_train_step()._cache_size() == 3
+    draws = np.reshape(depths, (-1, steps_per_draw))
+    assert (draws == draws[:, :1]).all()
+
+    step = dm.switch_depth(make_step(tx), tx)
+
+    def body(carry, count):
+        depth = tx.sample(count, carry[1])
+        return step(depth, *carry)[0], depth
+
+    params = make_params()
+    _, on_device = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(48))
+    assert on_device.tolist() == depths
+
+
+def test_a_restart_from_any_step_repeats_the_run():
+    whole, *_ = train(make_tx(), 40)
+    for stop in (3, 12, 22):
+        before, params, opt_state = train(make_tx(), stop)
+        after, *_ = train(make_tx(), 40 - stop, params, opt_state, first=stop)
+        assert before + after == whole, stop
+
+
+def test_gains_are_first_order_decreases_averaged_over_active_steps():
+    tx = make_tx()
+    params = make_params()
+    state = tx.init(params)
+    expected, seen = np.zeros(3), np.zeros(3)
+
+    @functools.partial(jax.jit, static_argnames="depth")
+    def update(params, state, depth):
+        grads = jax.grad(loss_fn)(params, X)
+        return grads, *tx.update(grads, state, params, layer_mask=tx.layers.mask(depth))
+
+    for depth in (0, 1, 2, 1):
+        grads, updates, state = update(params, state, depth=depth)
+        for i in range(depth, 3):
+            gain = -np.sum(np.array(grads[NAMES[i]]["kernel"]) * updates[NAMES[i]]["kernel"])
+            seen[i] += 1
+            expected[i] += max(0.1, 1 / seen[i]) * (gain - expected[i])
+        params = optax.apply_updates(params, updates)
+        record = optax.tree.get(state, "gains")
+        np.testing.assert_allclose(record, expected, rtol=1e-5)
+    assert state.num_active_steps.tolist() == [1, 3, 4]
+    # Two periods of four steps have uniform depths; the second plan is of these gains.
+    np.testing.assert_allclose(state.probabilities, np.full(3, 1 / 3), rtol=1e-6)
+    plan = tx.distribution.plan(jnp.asarray(expected, jnp.float32))
+    np.testing.assert_allclose(state.next_probabilities, plan, rtol=1e-4)
+    assert state.count == 4
+
+
+def test_what_is_not_finite_is_not_recorded():
+    tx = make_tx()
+    params = make_params()
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, state, params, layer_mask=tx.layers.mask(0))
+    grads["mid"]["kernel"] = grads["mid"]["kernel"].at[0, 0].set(jnp.nan)
+    _, after = tx.update(grads, state, params, layer_mask=tx.layers.mask(0))
+    assert after.gains[1] == state.gains[1]
+    assert after.num_active_steps.tolist() == [2, 1, 2]
+
+
+def test_plans_are_read_once_a_period_and_a_period_ahead(monkeypatch):
+    begun = []
+
+    def start_reading(opt_state):
+        begun.append(int(opt_state.count))
+        return start(opt_state)
+
+    start = _recorded_draws._start_reading
+    monkeypatch.setattr(_recorded_draws, "_start_reading", start_reading)
+    train(make_tx(), 18)
+    assert begun == [0, 4, 8, 12, 16]
+
+
+def test_a_chain_around_it_keeps_the_one_record():
+    inner = make_tx()
+    tx = inner.attach_to(optax.chain(optax.clip_by_global_norm(1e9), inner))
+    depths = train(make_tx(), 24)[0]
+    assert train(tx, 24, train_step=make_train_step(tx))[0] == depths
+
+    layers = inner.layers
+    sampler = dm.layer_mask_sampler(layers, inner.distribution, seed=0)
+    chain = optax.chain(
+        dm.momentum(0.9),
+        dm.newton_schulz_lmo(shape_factor="muon"),
+        optax.scale_by_learning_rate(0.05),
+        sampler,
+    )
+    own = sampler.attach_to(chain)
+    assert train(own, 24, train_step=make_train_step(own))[0] == depths
+    state = chain.init(make_params())
+    with pytest.raises(ValueError, match=r"no record.*sampler\.attach_to"):
+        sampler.depth(0, state)
+    twice = sampler.attach_to(optax.chain(optax.identity(), own))
+    with pytest.raises(ValueError, match=r"several records.*Attach the sampler once"):
+        twice.depth(0, twice.init(make_params()))
+
+
+def test_rows_of_a_stack_gain_like_layers_of_their_own():
+    width, rows = 4, 3
+    kernels = jax.random.normal(jax.random.key(3), (rows, width, width))
+    x = jax.random.normal(jax.random.key(4), (8, width))
+
+    def stacked_loss(params, x, depth):
+        def block(carry, kernel):
+            return jnp.tanh(carry @ kernel), None
+
+        return jnp.sum(dm.scan_layers(block, x, params["blocks"], depth=depth)[0] ** 2)
+
+    params = {"blocks": kernels}
+    layers = dm.layers_by_path(params, [dm.stacked("blocks")])
+    distribution = dm.time_aware_depth(COSTS, steps_per_plan=2)
+    tx = dm.drop_muon(0.005, layers, distribution, seed=0)
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, count):
+            params, state = carry
+            depth = tx.sample(count, state)
+            mask = layers.mask(depth)
+            _, grads = dm.masked_value_and_grad(stacked_loss)(
+                params, x, layers.stack_depth(depth), layer_mask=mask
+            )
+            updates, state = tx.update(grads, state, params, layer_mask=mask)
+            return (optax.apply_updates(params, updates), state), (depth, state.gains)
+
+        return jax.lax.scan(step, (params, state), jnp.arange(16))
+
+    _, (depths, gains) = run(params, tx.init(params))
+
+    def loss(params, x):
+        for row in range(rows):
+            x = jnp.tanh(x @ params[str(row)])
+        return jnp.sum(x**2)
+
+    separate = {str(row): kernels[row] for row in range(rows)}
+    layers = dm.layers_by_path(separate, ["0", "1", "2"])
+    tx = dm.drop_muon(0.005, layers, distribution, seed=0)
+    state = tx.init(separate)
+
+    @functools.partial(jax.jit, static_argnames="depth")
+    def train_step(params, state, depth):
+        mask = layers.mask(depth)
+        _, grads = dm.masked_value_and_grad(loss)(params, x, layer_mask=mask)
+        updates, state = tx.update(grads, state, params, layer_mask=mask)
+        return optax.apply_updates(params, updates), state
+
+    for count in range(16):
+        depth = tx.depth(count, state)
+        assert depth == depths[count]
+        separate, state = train_step(separate, state, depth=depth)
+        np.testing.assert_allclose(state.gains, gains[count], rtol=5e-3)
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0])
+def test_nothing_beats_the_plan(rate):
+    generator = np.random.default_rng(0)
+    minimise = jax.jit(minimise_waiting, static_argnames="rate")
+    for size in [2, 3, 5] * 5:
+        weights = generator.lognormal(0, 1.5, size)
+        costs, base = generator.lognormal(0, 1.5, size), generator.lognormal(-1, 1)
+
+        def objective(included, weights=weights, costs=costs, base=base):
+            cost = base + included @ costs
+            return cost**rate * np.sum(weights * included**-rate, axis=-1)
+
+        best = np.asarray(minimise(weights, costs, base, rate=rate), np.float64)
+        assert best[-1] == 1
+        assert (np.diff(best) >= -1e-6).all()
+        steps = generator.dirichlet(np.full(size, 0.5), 4000).cumsum(axis=1)
+        near = np.sort(np.clip(best + generator.normal(0, 0.03, (4000, size)), 1e-4, 1), axis=1)
+        near[:, -1] = 1
+        others = np.concatenate([np.maximum(steps, 1e-4), near])
+        assert objective(best) <= objective(others).min() * (1 + 1e-5)
+
+
+def test_plans_of_gains():
+    distribution = dm.time_aware_depth(COSTS, floor=0.1)
+    in_proportion = distribution.plan(jnp.array([0.5, 0.4, 0.1]))
+    np.testing.assert_allclose(in_proportion, [1, 0, 0], atol=1e-6)
+    useless_first = np.cumsum(distribution.plan(jnp.array([1e-9, 0.4, 0.1])))
+    np.testing.assert_allclose(useless_first[0], 0.1, rtol=1e-5)
+    # Only ratios count, of gains and of costs.
+    gains = jnp.array([0.1, 0.4, 0.3])
+    scaled = dm.time_aware_depth(7 * np.array(COSTS), floor=0.1)
+    np.testing.assert_allclose(distribution.plan(gains), scaled.plan(1e-3 * gains), rtol=1e-5)
+    # Noise may make a deeper step dearer.
+    noisy = dm.time_aware_depth([1.0, 0.4, 0.6]).plan(gains)
+    pooled = dm.time_aware_depth([1.0, 0.5, 0.5]).plan(gains)
+    np.testing.assert_allclose(noisy, pooled, rtol=1e-5)
+    assert dm.time_aware_depth([2.0]).plan(jnp.ones(1)) == 1
+    # A step uphill, and no step at all, are distributions too.
+    for strange in ([-1.0, 0.2, 0.1], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]):
+        plan = distribution.plan(jnp.array(strange))
+        assert (plan >= 0).all()
+        np.testing.assert_allclose(plan.sum(), 1, rtol=1e-6)
+
+
+def test_two_runs_on_one_sampler_are_found_out():
+    tx = make_tx()
+    _, first, first_state = train(tx, 20)
+    other = jax.tree.map(lambda x: 3 * x[::-1], make_params())
+    _, second, second_state = train(tx, 20, other, tx.init(other))
+    assert not np.array_equal(first_state.probabilities, second_state.probabilities)
+
+    def take_turns():
+        nonlocal first, first_state, second, second_state
+        for step in range(20, 44, 8):
+            # Each begins where the other has ended, as if it were the same.
+            _, second, second_state = train(tx, 8, second, second_state, step)
+            _, first, first_state = train(tx, 8, first, first_state, step)
+
+    with pytest.raises(ValueError, match="A sampler follows one run"):
+        take_turns()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda tx, state: tx.depth(0), TypeError, r"sampler\.depth\(step, opt_state\)"),
+        (lambda tx, state: tx.sample(0), TypeError, "follows the run"),
+        (lambda tx, state: tx.depth(5, state), ValueError, "taken 0 steps.*step 5"),
+        (lambda tx, state: tx.depth(-1, state), ValueError, "step must be at least 0"),
+        (
+            lambda tx, state: jax.jit(lambda state: tx.depth(0, state))(state),
+            TypeError,
+            r"draw with sampler\.sample",
+        ),
+    ],
+)
+def test_errors_of_draws(call, error, match):
+    tx = make_tx()
+    with pytest.raises(error, match=match):
+        call(tx, tx.init(make_params()))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: dm.time_aware_depth([1.0, -1.0]), "must be positive"),
+        (lambda: dm.time_aware_depth([]), "one number for each depth"),
+        (lambda: dm.time_aware_depth([1.0], floor=2.0), r"floor must lie in \[0, 1\]"),
+        (lambda: dm.time_aware_depth([1.0], rate=0.0), "rate must be positive"),
+        (lambda: dm.time_aware_depth([1.0], decay=1.0), "decay must lie"),
+        (lambda: dm.time_aware_depth([1.0], steps_per_plan=0), "steps_per_plan must be at least"),
+        (lambda: make_tx(steps_per_plan=4, steps_per_draw=3), "must divide the distribution's"),
+        (lambda: make_tx(steps_per_draw=0), "steps_per_draw must be at least 1"),
+        (
+            lambda: dm.layer_mask_sampler(
+                dm.layers_by_path(make_params(), NAMES), dm.time_aware_depth([1.0, 0.5]), seed=0
+            ),
+            "depth_costs are 2, and there are 3 layers",
+        ),
+    ],
+)
+def test_errors_at_construction(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_a_fixed_rule_draws_once_for_several_steps():
+    layers = dm.layers_by_path(make_params(), NAMES)
+    sampler = dm.layer_mask_sampler(layers, dm.uniform_depth(), seed=0, steps_per_draw=4)
+    single = dm.layer_mask_sampler(layers, dm.uniform_depth(), seed=0)
+    depths = [sampler.depth(step) for step in range(40)]
+    assert depths == [single.depth(step // 4) for step in range(40)]
+    assert depths == [int(sampler.sample(step)) for step in range(40)]
+    # The state is ignored by rules that do not need it, so that a loop serves all.
+    assert sampler.depth(3, opt_state=None) == sampler.depth(3, sampler.init(make_params()))
