@@ -68,6 +68,7 @@ from dropmuon_jax._optimizers import (
     scion_init,
 )
 from dropmuon_jax._orthogonalize import newton_schulz, polar_express_coefficients
+from dropmuon_jax._planning import depth_cost, optimal_depth, predicted_speed_up
 from dropmuon_jax._radii import (
     AdaptiveRadius,
     adaptive_radius,
@@ -143,6 +144,7 @@ __all__ = [
     "column_lmo",
     "column_norm",
     "column_sharp",
+    "depth_cost",
     "depth_subsets",
     "drop_gluon",
     "drop_muon",
@@ -181,10 +183,12 @@ __all__ = [
     "norm_sharp",
     "nuclear_norm",
     "on_mesh",
+    "optimal_depth",
     "per_layer",
     "plan_layouts",
     "plot_smoothness",
     "polar_express_coefficients",
+    "predicted_speed_up",
     "prev_params",
     "rms_lmo",
     "rms_norm",
