@@ -1,0 +1,1 @@
+"""What benchmarks/theory.py is made of."""

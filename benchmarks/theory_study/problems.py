@@ -1,0 +1,142 @@
+"""Functions of several layers whose smoothness in the norm of each layer is known."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+import dropmuon_jax as dm
+
+Params = tuple[Array, ...]
+# Asymmetric on purpose; the layers of a problem take turns with them.
+SPACES: tuple[tuple[dm.Norm, tuple[int, ...]], ...] = (
+    (dm.spectral_norm("rms_to_rms"), (4, 3)),
+    (dm.sign_norm(), (3, 2)),
+    (dm.euclidean_norm(), (5,)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """f(X + G) ≤ f(X) + ⟨∇f(X), G⟩ + Σ_i ½(L⁰_i + L¹_i ‖∇_i f(X)‖*)‖G_i‖²."""
+
+    name: str
+    norms: tuple[dm.Norm, ...]
+    loss: Callable[[Params], Array]
+    start: Params
+    infimum: float
+    l0: Float[np.ndarray, " layers"]
+    l1: Float[np.ndarray, " layers"]
+
+
+def separable(smoothness: Sequence[float], seed: int) -> Problem:
+    """Σ_i L_i/2 ‖X_i‖_F² / r_i, where r_i is the largest ‖Z‖_F² in the ball of the layer."""
+    norms, start = _layers(len(smoothness), seed)
+    squares = _largest_squares(norms, start)
+    curvatures = [of / square for of, square in zip(smoothness, squares, strict=True)]
+
+    def loss(params: Params) -> Array:
+        terms = [0.5 * of * jnp.sum(x**2) for of, x in zip(curvatures, params, strict=True)]
+        return jnp.sum(jnp.stack(terms))
+
+    return _smooth("separable", norms, loss, start, smoothness)
+
+
+def coupled(smoothness: Sequence[float], seed: int) -> Problem:
+    """½‖Σ_i B_i vec X_i - y‖², zero at some X; ‖Σ B_i g_i‖² ≤ b Σ ‖B_i‖² ‖G_i‖_F² gives the L_i."""
+    norms, start = _layers(len(smoothness), seed)
+    generator = np.random.default_rng(seed)
+    maps = []
+    for of, square, x in zip(smoothness, _largest_squares(norms, start), start, strict=True):
+        random = generator.normal(size=(2 * len(smoothness), x.size))
+        largest = len(smoothness) * square * np.linalg.norm(random, 2) ** 2
+        maps.append(jnp.asarray(random * math.sqrt(of / largest)))
+
+    def loss(params: Params) -> Array:  # y = 0
+        images = [of @ x.reshape(-1) for of, x in zip(maps, params, strict=True)]
+        return 0.5 * jnp.sum(jnp.sum(jnp.stack(images), 0) ** 2)
+
+    return _smooth("coupled", norms, loss, start, smoothness)
+
+
+def huber(smoothness: Sequence[float], seed: int, *, num_steps: int = 240) -> Problem:
+    """Σ_i h(⟨A_i, X_i⟩), ‖A_i‖* = 1, where h has curvature L_i near 0 and slope ε further out.
+
+    All start with ⟨A_i, X_i⟩ = 1. A sharp step of 1/L_i comes ε/L_i nearer to 0, so layer i needs
+    L_i/ε of them, and the stiffest `num_steps`.
+    """
+    norms, random = _layers(len(smoothness), seed)
+    slope = max(smoothness) / num_steps
+    normals = _of_dual_norm_1(norms, random)
+
+    def loss(params: Params) -> Array:
+        terms = []
+        for curvature, normal, x in zip(smoothness, normals, params, strict=True):
+            y = jnp.abs(jnp.sum(normal * x))
+            near = jnp.minimum(y, slope / curvature)
+            terms.append(0.5 * curvature * near**2 + slope * (y - near))
+        return jnp.sum(jnp.stack(terms))
+
+    start = _directions(norms, normals)
+    return _smooth("Huber", norms, loss, start, smoothness)
+
+
+def hyperbolic(scales: Sequence[float], seed: int) -> Problem:
+    """Σ_i cosh(s_i ⟨A_i, X_i⟩), ‖A_i‖* = 1: (L⁰, L¹)-smooth and not smooth.
+
+    |φ''| ≤ s² + s|φ'| for φ = cosh(s ·), so that within a distance of 1/s (Zhang et al., 2020,
+    arXiv:2010.02519, Lemma A.3) L⁰ = 2s² and L¹ = (e - 1)s; adaptive radii are below 1/L¹.
+    """
+    norms, random = _layers(len(scales), seed)
+    normals = _of_dual_norm_1(norms, random)
+
+    def loss(params: Params) -> Array:
+        products = [
+            scale * jnp.sum(normal * x)
+            for scale, normal, x in zip(scales, normals, params, strict=True)
+        ]
+        return jnp.sum(jnp.cosh(jnp.stack(products)))
+
+    directions = _directions(norms, normals)
+    start = tuple(3 / scale * of for scale, of in zip(scales, directions, strict=True))
+    of = np.array(scales, float)
+    return Problem("cosh", norms, loss, start, float(len(of)), 2 * of**2, (math.e - 1) * of)
+
+
+def _layers(num_layers: int, seed: int) -> tuple[tuple[dm.Norm, ...], Params]:
+    """The norms, and a random array for each."""
+    generator = np.random.default_rng([seed, num_layers])
+    spaces = [SPACES[i % len(SPACES)] for i in range(num_layers)]
+    arrays = tuple(jnp.asarray(generator.normal(size=shape)) for _, shape in spaces)
+    return tuple(norm for norm, _ in spaces), arrays
+
+
+@functools.partial(jax.jit, static_argnums=0)  # operation by operation it compiles for seconds
+def _directions(norms: tuple[dm.Norm, ...], arrays: Params) -> Params:
+    return tuple(norm.direction(x) for norm, x in zip(norms, arrays, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_dual_norm_1(norms: tuple[dm.Norm, ...], arrays: Params) -> Params:
+    return tuple(x / norm.dual_norm(x) for norm, x in zip(norms, arrays, strict=True))
+
+
+def _largest_squares(norms: tuple[dm.Norm, ...], arrays: Params) -> list[float]:
+    """Of ‖Z‖_F in each unit ball, which every direction of full rank attains."""
+    return [float(np.sum(np.square(of))) for of in _directions(norms, arrays)]
+
+
+def _smooth(
+    name: str,
+    norms: tuple[dm.Norm, ...],
+    loss: Callable[[Params], Array],
+    start: Params,
+    smoothness: Sequence[float],
+) -> Problem:
+    l0 = np.array(smoothness, float)
+    return Problem(name, norms, loss, start, 0.0, l0, np.zeros_like(l0))
