@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,9 +34,9 @@ class Method(NamedTuple):
         """How many different steps there are."""
         return 1 if self.layers is None else self.layers.num_layers
 
-    def depth(self, step: int) -> int:
-        """The shallowest layer that step trains."""
-        return 0 if self.layers is None else self.tx.depth(step)
+    def depth(self, step: int, opt_state: Any) -> int:
+        """The shallowest layer that step trains, from the state before it."""
+        return 0 if self.layers is None else self.tx.depth(step, opt_state)
 
 
 def make_method(
@@ -47,6 +47,7 @@ def make_method(
     *,
     num_steps: int,
     seed: int,
+    depth_costs: Callable[[], Sequence[float]],
 ) -> Method:
     """One contestant; every learning rate but Gluon's falls linearly to 0 over its run."""
     if name == "muon_short":
@@ -64,9 +65,16 @@ def make_method(
     match name:
         case "muon" | "muon_short" | "muon_with_mvr":
             tx = dm.muon(rate, momentum=momentum, auxiliary_learning_rate=bias_rate)
-        case "drop_muon_uniform" | "drop_muon_epoch_shift" | "drop_muon_with_mvr":
+        case (
+            "drop_muon_uniform"
+            | "drop_muon_epoch_shift"
+            | "drop_muon_time_aware"
+            | "drop_muon_with_mvr"
+        ):
             if name == "drop_muon_epoch_shift":
                 distribution = dm.epoch_shift_depth(num_steps, alpha=settings.alpha)
+            elif name == "drop_muon_time_aware":
+                distribution = dm.time_aware_depth(depth_costs())
             else:
                 distribution = dm.uniform_depth()
             tx = dm.drop_muon(

@@ -49,7 +49,9 @@ class Contest:
     step_seconds: dict[MethodName, list[float]]
     """Median by depth."""
     probabilities: dict[MethodName, list[list[float]]]
-    """Of every depth, in the middle of each epoch; of the methods that draw one."""
+    """Of every depth, in the middle of each epoch; of the methods that draw one by the step."""
+    depth_costs: list[float]
+    """Seconds of a step at each depth, that the time-aware method knows of; empty without it."""
 
 
 class Race:
@@ -72,6 +74,8 @@ class Race:
         self.executables: dict[MethodName, list[Callable[..., Any]]] = {}
         self.compile_seconds: dict[MethodName, list[float]] = {}
         self._evaluate = jax.jit(self._count)
+        self.measured_costs: list[float] = []
+        """What `depth_costs` has measured."""
 
     def init_params(self, seed: int) -> Any:
         """The same initial parameters for every method that has none of its own."""
@@ -94,6 +98,12 @@ class Race:
         race.settings, race.executables, race.compile_seconds = settings, {}, {}
         return race
 
+    def with_seeds(self, seeds: tuple[int, ...]) -> "Race":
+        """The same race, compiled steps included, for other seeds."""
+        race = copy.copy(self)
+        race.settings = dataclasses.replace(self.settings, seeds=seeds)
+        return race
+
     def method(self, name: MethodName, seed: int) -> Method:
         """A contestant of this race."""
         return make_method(
@@ -103,16 +113,31 @@ class Race:
             self.model.roles(),
             num_steps=self.num_steps,
             seed=seed,
+            depth_costs=self.depth_costs,
         )
+
+    def depth_costs(self) -> list[float]:
+        """Seconds of a Drop-Muon step at each depth, measured once, before anyone races."""
+        if not self.measured_costs:
+            runner = self.start("drop_muon_uniform", self.settings.seeds[0])
+            steps = [make_step(self.model, runner.method, d) for d in range(self.layers.num_layers)]
+
+            def step(*arguments: Any, depth: int) -> Any:
+                return steps[depth](*arguments)
+
+            jitted = jax.jit(step, static_argnames="depth", donate_argnums=(0, 1))
+            costs = dm.depth_cost(jitted, self.layers, *runner.arguments(0), measure="seconds")
+            self.measured_costs += costs.tolist()
+        return self.measured_costs
 
     def start(self, name: MethodName, seed: int) -> "Runner":
         """A contestant at the start, with buffers of its own, which its steps may overwrite."""
         method = self.method(name, seed)
-        method.depth(0)  # draws the first block of depths, which compiles
         params = self.init_params(seed)
         if method.init is not None:
             params = method.init(jax.random.key(seed), params)
         params, opt_state = jax.tree.map(jnp.array, (params, method.tx.init(params)))
+        method.depth(0, opt_state)  # draws the first block of depths, which compiles
         batches = jax.device_put(self.batches(seed))
         return Runner(self, method, Run(name, seed), params, opt_state, batches)
 
@@ -189,7 +214,7 @@ class Runner:
         """Steps from first to before last, timed until the device has finished them."""
         start = time.perf_counter()
         for index in range(first, last):
-            depth = self.method.depth(index)
+            depth = self.method.depth(index, self.opt_state)
             self.run.depths.append(depth)
             self.step(index, depth)
         jax.block_until_ready((self.params, self.opt_state))
@@ -221,7 +246,8 @@ def run_all(race: Race, report: Report = lambda text, steps: None) -> list[Run]:
     settings = race.settings
     for name in settings.methods:
         report(f"compiling {name}", 0)
-        race.compile(name)
+        if name not in race.executables:
+            race.compile(name)
     runs: list[Run] = []
     for seed in settings.seeds:
         runners = [race.start(name, seed) for name in settings.methods]
@@ -252,11 +278,13 @@ def hold_race(race: Race, report: Report = lambda text, steps: None) -> Contest:
         race.compile_seconds,
         step_seconds,
         {name: _probabilities(race, name) for name in settings.methods if _draws(race, name)},
+        race.measured_costs,
     )
 
 
 def _draws(race: Race, name: MethodName) -> bool:
-    return race.method(name, race.settings.seeds[0]).layers is not None
+    method = race.method(name, race.settings.seeds[0])
+    return method.layers is not None and isinstance(method.tx.distribution, dm.LayerDistribution)
 
 
 def _probabilities(race: Race, name: MethodName) -> list[list[float]]:

@@ -18,6 +18,7 @@ TITLES = {
     "muon_short": "Muon, shorter run",
     "drop_muon_uniform": "Drop-Muon, uniform",
     "drop_muon_epoch_shift": "Drop-Muon, epoch-shift",
+    "drop_muon_time_aware": "Drop-Muon, time-aware",
     "optax_muon": "optax.contrib.muon",
     "adamw": "AdamW",
     "scion": "Scion",
@@ -102,6 +103,7 @@ def record(settings: Settings, contest: Contest, summaries: list[Summary]) -> di
         "steps_per_epoch": contest.steps_per_epoch,
         "compile_seconds_by_depth": contest.compile_seconds,
         "step_seconds_by_depth": contest.step_seconds,
+        "depth_costs_in_seconds": contest.depth_costs,
         "probability_of_depth_by_epoch": contest.probabilities,
         "targets": [
             {

@@ -12,6 +12,7 @@ MethodName = Literal[
     "muon_short",
     "drop_muon_uniform",
     "drop_muon_epoch_shift",
+    "drop_muon_time_aware",
     "optax_muon",
     "adamw",
     "scion",
@@ -23,14 +24,23 @@ MethodName = Literal[
     "drop_muon_with_mvr",
 ]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
-DEFAULT_METHODS = METHODS[:6]  # those of make demo; the others take part when they are named
+DEFAULT_METHODS = METHODS[:7]  # those of make demo; the others take part when they are named
 REFERENCE: MethodName = "muon"  # whom the speed-up is against
 # The settings that say a method's learning rate: the first that is given counts.
 LEARNING_RATES: dict[MethodName, tuple[str, ...]] = {
     "muon": ("learning_rate",),
-    "muon_short": ("learning_rate",),
+    "muon_short": ("muon_short_learning_rate", "learning_rate"),
     "drop_muon_uniform": ("drop_muon_learning_rate", "learning_rate"),
-    "drop_muon_epoch_shift": ("drop_muon_learning_rate", "learning_rate"),
+    "drop_muon_epoch_shift": (
+        "epoch_shift_learning_rate",
+        "drop_muon_learning_rate",
+        "learning_rate",
+    ),
+    "drop_muon_time_aware": (
+        "time_aware_learning_rate",
+        "drop_muon_learning_rate",
+        "learning_rate",
+    ),
     "optax_muon": ("optax_muon_learning_rate", "learning_rate"),
     "adamw": ("adamw_learning_rate",),
     "scion": ("scion_learning_rate",),
@@ -84,6 +94,13 @@ class Settings:
     """Of Adam on the biases, in every Muon."""
     drop_muon_learning_rate: float | None = None
     """Of the Drop-Muons; by default Muon's."""
+    muon_short_learning_rate: float | None = None
+    """Of Muon's shorter run; by default Muon's."""
+    epoch_shift_learning_rate: float | None = None
+    """Of Drop-Muon with epoch-shift; by default the other Drop-Muons'."""
+    time_aware_learning_rate: float | None = None
+    """Of Drop-Muon with dm.time_aware_depth, whose costs are seconds measured before the race; by
+    default the other Drop-Muons'."""
     optax_muon_learning_rate: float | None = None
     """Of optax.contrib.muon; by default Muon's."""
     adamw_learning_rate: float = 0.01
