@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 
 def minimise_waiting(
-    weights: Float[Array, " num_layers"],
-    layer_costs: Float[Array, " num_layers"],
+    weights: Float[Array | np.ndarray, " num_layers"],
+    layer_costs: Float[Array | np.ndarray, " num_layers"],
     base_cost: float | Float[Array, ""] = 0.0,
     *,
     rate: float = 1.0,

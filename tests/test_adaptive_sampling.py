@@ -352,3 +352,9 @@ def test_a_fixed_rule_draws_once_for_several_steps():
     assert depths == [int(sampler.sample(step)) for step in range(40)]
     # The state is ignored by rules that do not need it, so that a loop serves all.
     assert sampler.depth(3, opt_state=None) == sampler.depth(3, sampler.init(make_params()))
+
+
+def test_a_sampler_may_be_made_while_a_step_is_traced():
+    params = make_params()
+    chosen = jax.jit(lambda state: make_tx().sample(0, state))(make_tx().init(params))
+    assert chosen == make_tx().sample(0, make_tx().init(params))

@@ -124,15 +124,15 @@ def test_scion_and_gluon_race_whole_and_with_dropped_layers(scion_and_gluon):
 def test_methods_that_draw_uniform_depths_draw_the_same(tiny_race):
     names = ("drop_muon_uniform", "drop_scion", "drop_gluon", "drop_muon_with_mvr")
     methods = [tiny_race.method(name, 3) for name in names]
-    drawn = [[method.depth(step) for step in range(20)] for method in methods]
+    drawn = [[method.depth(step, None) for step in range(20)] for method in methods]
     assert drawn == [drawn[0]] * len(names)
     assert set(drawn[0]) == {0, 1, 2}
 
 
-def test_make_demo_races_the_six_methods_it_always_did():
+def test_make_demo_races_the_muons_and_adamw():
     assert Settings(Path()).methods == (
         *("muon", "muon_short", "drop_muon_uniform", "drop_muon_epoch_shift"),
-        *("optax_muon", "adamw"),
+        *("drop_muon_time_aware", "optax_muon", "adamw"),
     )
 
 

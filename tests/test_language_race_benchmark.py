@@ -131,8 +131,11 @@ def test_race_leaves_plots_the_text_and_no_path(results, record):
         assert plot.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("name", "steps"), [("optax_muon", 2), ("drop_muon_long", 3)])
-def test_a_turn_of_a_tied_network_keeps_what_it_carries(race, name, steps):
+@pytest.mark.parametrize(
+    ("name", "steps"), [("optax_muon", 2), ("drop_muon_long", 3), ("drop_muon_time_aware", 2)]
+)
+def test_a_turn_of_a_tied_network_keeps_what_it_carries(race, name, steps, monkeypatch):
+    monkeypatch.setattr(race, "measured_costs", [4.0, 3.0, 2.0, 1.0])
     assert race.layers.names[-1] == "final_norm"
     runner = race.start(name, 0.02, seed=0)
     *carry, depths = jax.eval_shape(race._turn_function(name), *runner.arguments())
@@ -164,7 +167,7 @@ def test_distributions_are_those_of_the_names(race):
     chances = {
         name: [race.method(name, 0.1, 0).tx.probabilities(step) for step in (0, 6)]
         for name in METHODS
-        if name != "optax_muon"
+        if name not in ("optax_muon", "drop_muon_time_aware")
     }
     for name in ("muon", "muon_short"):
         np.testing.assert_array_equal(chances[name], [[1, 0, 0, 0]] * 2)
@@ -189,7 +192,7 @@ def test_both_muons_orthogonalize_each_row_of_a_stack_and_no_table(name):
     )
     layers = dm.layers_by_path(params, ["tokens", dm.stacked("blocks")])
     numbers = {"learning_rate": 0.1, "auxiliary_learning_rate": 0.01, "num_steps": 10, "seed": 0}
-    tx, _ = make_method(name, layers, decay=0.9, alpha=0.5, **numbers)
+    tx, _ = make_method(name, layers, decay=0.9, alpha=0.5, depth_costs=list, **numbers)
     updates, _ = tx.update(grads, tx.init(params), params, layer_mask=layers.mask(0))
     np.testing.assert_allclose(
         updates["tokens"]["embedding"], -0.01 * np.sign(grads["tokens"]["embedding"]), rtol=1e-3

@@ -1,6 +1,6 @@
 """The contestants: how long they run, which layers a step updates, and by what."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,6 +15,7 @@ MethodName = Literal[
     "optax_muon",
     "drop_muon_uniform",
     "drop_muon_epoch_shift",
+    "drop_muon_time_aware",
     "drop_muon_half",
     "drop_muon_long",
 ]
@@ -27,6 +28,7 @@ TITLES: dict[MethodName, str] = {
     "optax_muon": "optax.contrib.muon",
     "drop_muon_uniform": "Drop-Muon, uniform",
     "drop_muon_epoch_shift": "Drop-Muon, epoch-shift",
+    "drop_muon_time_aware": "Drop-Muon, time-aware",
     "drop_muon_half": "Drop-Muon, half of the steps full",
     "drop_muon_long": "Drop-Muon, longer run",
 }
@@ -37,8 +39,9 @@ class Method(NamedTuple):
     """A contestant at a learning rate and with a seed, both of which may be traced."""
 
     tx: optax.GradientTransformationExtraArgs
-    depth: Callable[[jax.Array], int | jax.Array]
-    """Of a step, by its number: 0, a Python integer, of those that update every layer."""
+    depth: Callable[[jax.Array, Any], int | jax.Array]
+    """Of a step, by its number and the state before it: 0, a Python integer, of those that update
+    every layer."""
 
 
 def make_method(
@@ -51,6 +54,7 @@ def make_method(
     alpha: float,
     num_steps: int,
     seed: Any,
+    depth_costs: Callable[[], Sequence[float]],
 ) -> Method:
     """A contestant by name, whose learning rates fall linearly to 0 over `num_steps`."""
 
@@ -66,11 +70,13 @@ def make_method(
             adam_learning_rate=auxiliary_rate,
             muon_weight_dimension_numbers=_dimension_numbers,
         )
-        return Method(optax.with_extra_args_support(tx), lambda count: 0)
+        return Method(optax.with_extra_args_support(tx), lambda count, opt_state: 0)
     if name in ("muon", "muon_short"):
         distribution = dm.full_depth()
     elif name == "drop_muon_epoch_shift":
         distribution = dm.epoch_shift_depth(num_steps, alpha=alpha)
+    elif name == "drop_muon_time_aware":
+        distribution = dm.time_aware_depth(depth_costs())
     elif name == "drop_muon_half":
         full, rest = 0.5, 0.5 / layers.num_layers  # of every depth, the full one included
         distribution = dm.fixed_depth([full + rest] + [rest] * (layers.num_layers - 1))
@@ -84,7 +90,7 @@ def make_method(
         momentum=dm.momentum(decay),
         auxiliary_learning_rate=auxiliary_rate,
     )
-    return Method(tx, tx.sample if drops_layers(name) else lambda count: 0)
+    return Method(tx, tx.sample if drops_layers(name) else lambda count, opt_state: 0)
 
 
 def drops_layers(name: MethodName) -> bool:

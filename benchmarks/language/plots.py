@@ -19,6 +19,7 @@ STYLES: dict[MethodName, Style] = {
     "optax_muon": ("#777777", ":", "x"),
     "drop_muon_uniform": ("#D55E00", "-", "s"),
     "drop_muon_epoch_shift": ("#0072B2", "-", "^"),
+    "drop_muon_time_aware": ("#56B4E9", "-", "*"),
     "drop_muon_half": ("#009E73", "-", "P"),
     "drop_muon_long": ("#E69F00", "-.", "v"),
 }

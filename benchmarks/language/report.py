@@ -97,6 +97,7 @@ def record(
             "num_layers": race.layers.num_layers,
             "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         },
+        "depth_costs_in_seconds": race.measured_costs,
         "compilation": {
             name: {"num_compilations": len(seconds), "seconds": sum(seconds)}
             for name, seconds in race.compile_seconds.items()

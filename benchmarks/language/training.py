@@ -70,6 +70,8 @@ class Race:
         self._init = jax.jit(self.model.init)
         self.layers = dm.layers_by_path(self.init_params(0), self.model.layer_patterns())
         self.num_turns = settings.num_steps // settings.eval_every
+        self.measured_costs: list[float] = []
+        """What `depth_costs` has measured."""
         self.compile_seconds: dict[MethodName, list[float]] = {}
         """An entry for each compilation."""
         self._executables: dict[MethodName, Callable[..., Any]] = {}
@@ -119,7 +121,32 @@ class Race:
             alpha=settings.alpha,
             num_steps=self.num_steps(name),
             seed=seed,
+            depth_costs=self.depth_costs,
         )
+
+    def depth_costs(self) -> list[float]:
+        """Seconds of a Drop-Muon step at each depth, measured once, before anyone races.
+
+        Of steps with a static depth, which take as long as those of the race, with a traced one.
+        """
+        if not self.measured_costs:
+            runner = self.start("drop_muon_uniform", 0.01, 0)
+            tx, layers = self.method("drop_muon_uniform", 0.01, 0).tx, self.layers
+
+            def step(params, opt_state, windows, depth):
+                mask = layers.mask(depth)
+                _, grads = dm.masked_value_and_grad(self._loss)(
+                    params, windows, layers.stack_depth(depth, STACK), layer_mask=mask
+                )
+                updates, opt_state = tx.update(grads, opt_state, params, layer_mask=mask)
+                return optax.apply_updates(params, updates), opt_state
+
+            jitted = jax.jit(step, static_argnames="depth", donate_argnums=(0, 1))
+            windows = self.train_tokens[runner.starts[0][:, None] + np.arange(self.window)]
+            arguments = runner.params, runner.opt_state, windows
+            costs = dm.depth_cost(jitted, layers, *arguments, measure="seconds")
+            self.measured_costs += costs.tolist()
+        return self.measured_costs
 
     def executable(self, runner: "Runner") -> Callable[..., Any]:
         """The compiled steps of a runner, for every seed and learning rate."""
@@ -155,7 +182,7 @@ class Race:
                 params, opt_state = carry
                 count, starts = batch
                 windows = tokens[starts[:, None] + np.arange(self.window)]
-                depth = method.depth(count)
+                depth = method.depth(count, opt_state)
                 mask = layers.mask(depth)
                 _, grads = dm.masked_value_and_grad(self._loss)(
                     params, windows, layers.stack_depth(depth, STACK), layer_mask=mask

@@ -126,7 +126,8 @@ def time_aware_depth(
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must lie in [0, 1], got {floor}.")
     costs = not_rising(costs / costs[0])
-    layer_costs = jnp.array(np.append(-np.diff(costs), 0.0), jnp.float32)
+    # NumPy's, so that a sampler may be made while a step is traced.
+    layer_costs = np.append(-np.diff(costs), 0.0).astype(np.float32)
     base_cost = float(costs[-1])
 
     def subsets(num_layers: int) -> np.ndarray:

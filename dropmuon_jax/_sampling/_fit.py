@@ -1,5 +1,7 @@
 """Whether a distribution fits the layers, and can be traced."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,19 +30,19 @@ def check_distribution(
             f"{num_layers} layers: {names}."
         )
     if isinstance(distribution, AdaptiveDistribution):
-        name, example = "plan", jnp.ones(num_layers, jnp.float32)
+        name, example = "plan", np.ones(num_layers, np.float32)
         if distribution.steps_per_plan % steps_per_draw:
             raise ValueError(
                 f"steps_per_draw is {steps_per_draw}, and must divide the distribution's "
                 f"steps_per_plan, {distribution.steps_per_plan}."
             )
 
-        def probabilities_of(argument: Array | int) -> Array:
+        def probabilities_of(argument: Any) -> Array:
             return distribution.plan(jnp.asarray(argument))
     else:
         name, example = "probabilities", 0
 
-        def probabilities_of(argument: Array | int) -> Array:
+        def probabilities_of(argument: Any) -> Array:
             return distribution.probabilities(argument, num_layers)
 
     with jax.ensure_compile_time_eval():
@@ -61,5 +63,5 @@ def check_distribution(
         ) from error
 
 
-def _dtype(example: Array | int) -> np.dtype:
+def _dtype(example: np.ndarray | int) -> np.dtype:
     return np.dtype(np.int32 if isinstance(example, int) else np.float32)
