@@ -281,6 +281,23 @@ def test_plans_of_gains():
         np.testing.assert_allclose(plan.sum(), 1, rtol=1e-6)
 
 
+def test_steps_that_a_wrapper_leaves_out_do_not_end_the_run():
+    inner = make_tx()
+    tx = inner.attach_to(optax.apply_if_finite(inner, max_consecutive_errors=3))
+    update = jax.jit(
+        lambda grads, state, depth: tx.update(grads, state, layer_mask=tx.layers.mask(depth)),
+        static_argnames="depth",
+    )
+    params = make_params()
+    state, depths = tx.init(params), []
+    for step in range(20):
+        depths += [tx.depth(step, state), tx.depth(step, state)]
+        grads = jax.tree.map(lambda x, step=step: x * (np.nan if step == 5 else 1.0), params)
+        _, state = update(grads, state, depth=depths[-1])
+    assert optax.tree.get(state, "LayerGainsState").count == 19
+    assert depths[::2] == depths[1::2]
+
+
 def test_two_runs_on_one_sampler_are_found_out():
     tx = make_tx()
     _, first, first_state = train(tx, 20)
@@ -304,7 +321,11 @@ def test_two_runs_on_one_sampler_are_found_out():
     [
         (lambda tx, state: tx.depth(0), TypeError, r"sampler\.depth\(step, opt_state\)"),
         (lambda tx, state: tx.sample(0), TypeError, "follows the run"),
-        (lambda tx, state: tx.depth(5, state), ValueError, "taken 0 steps.*step 5"),
+        (
+            lambda tx, state: tx.depth(0, state._replace(count=state.count + 5)),
+            ValueError,
+            "taken 5 steps.*step 0.*after a restart count on",
+        ),
         (lambda tx, state: tx.depth(-1, state), ValueError, "step must be at least 0"),
         (
             lambda tx, state: jax.jit(lambda state: tx.depth(0, state))(state),
