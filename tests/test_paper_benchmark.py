@@ -24,7 +24,7 @@ from paper_study.outcomes import (
 from paper_study.sampling import probabilities
 from paper_study.settings import Settings
 from paper_study.units import Units
-from racing import Run
+from racing import Race, Run
 from settings import Settings as RaceSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -47,39 +47,54 @@ def few_images():
     return Images(*make(60), *make(20))
 
 
-def test_an_interrupted_study_goes_on(tmp_path, few_images, monkeypatch, capsys):
-    trained = []
-
-    def run_all(race, report):
-        trained.append((race.settings.methods, race.settings.seeds))
-        if len(trained) == 6:
-            raise KeyboardInterrupt
-        return run(race, report)
-
-    run = contest.run_all
-    monkeypatch.setattr(contest, "run_all", run_all)
+@pytest.fixture
+def digits(few_images, monkeypatch):
+    """In the place of those that would have to be read."""
     monkeypatch.setattr(presets, "load_images", lambda name, **kwargs: few_images)
-    folder = ["--output-dir", str(tmp_path)]
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        paper.main([*TINY, "--seeds", "0", "1", *folder])
-    # Two methods at two rates, a race, and one that did not end.
-    assert len(trained) == 6
-    paper.main([*TINY, "--seeds", "0", "1", *folder])
-    assert len(trained) == 7
-    assert trained[-1] == (("muon", "drop_muon_time_aware"), (1,))
-    capsys.readouterr()
 
+
+def test_a_figure_is_trained_and_recorded(tmp_path, digits):
+    arguments = [*TINY, "--learning-rates", "0.05", "--seeds", "0"]
+    paper.main([*arguments, "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "averaged-curves.json").read_text())
     assert str(tmp_path) not in json.dumps(record)
     assert record["left_out"] == ["mnist", "fashion_mnist", "cifar10"]
     (of_digits,) = record["datasets"]
-    assert len(of_digits["curves"]) == 4
+    curves = {curve["method"]: curve for curve in of_digits["curves"]}
+    assert curves["muon"]["depths"] == [0] * 6
+    assert set(curves["drop_muon_time_aware"]["depths"]) <= {0, 1}
     assert len(of_digits["depth_costs_in_seconds"]) == 2
-    assert [grid["method"] for grid in of_digits["tuning"]] == ["muon", "drop_muon_time_aware"]
     assert (tmp_path / "averaged-curves.png").stat().st_size > 10_000
 
-    with pytest.raises(SystemExit, match=r"other arguments \(decay was 0.9|epochs was 1, is 2"):
-        paper.main([*TINY, "--seeds", "0", *folder, "--epochs", "2"])
+
+def test_an_interrupted_study_goes_on(tmp_path, digits, monkeypatch):
+    trained = []
+
+    def run_all(race, report):
+        settings = race.settings
+        trained.append((settings.methods, settings.seeds))
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        return [
+            make_run(method, seed, [0.0, 1.0, 2.0], [0.1, 0.5, settings.learning_rate])
+            for method in settings.methods
+            for seed in settings.seeds
+        ]
+
+    monkeypatch.setattr(contest, "run_all", run_all)
+    monkeypatch.setattr(Race, "depth_costs", lambda race: [2.0, 1.0])
+    arguments = [*TINY, "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        paper.main([*arguments, "--seeds", "0", "1"])
+    # Two methods at two rates, a race, and one that did not end.
+    assert len(trained) == 6
+    paper.main([*arguments, "--seeds", "0", "1"])
+    assert trained[6:] == [(("muon", "drop_muon_time_aware"), (1,))]
+    (of_digits,) = json.loads((tmp_path / "averaged-curves.json").read_text())["datasets"]
+    assert [grid["method"] for grid in of_digits["tuning"]] == ["muon", "drop_muon_time_aware"]
+    assert of_digits["learning_rates"]["muon"] == 0.05
+    with pytest.raises(SystemExit, match=r"other arguments \(epochs was 1, is 2"):
+        paper.main([*arguments, "--seeds", "0", "--epochs", "2"])
 
 
 def test_units_say_what_differs_and_leave_nothing_half(tmp_path):
@@ -118,7 +133,7 @@ def test_speed_ups_are_paired_by_seed():
         make_run("drop_muon_uniform", 1, [0.0, 5.0, 10.0], [0.0, 0.5, 0.6]),
     ]
     chosen = presets.Chosen(race, (0.1,), None, None)
-    outcome = summarise(settings, Contest(chosen, {}, {}, runs, []))
+    outcome = summarise(settings, Contest(chosen, {}, {}, runs, [], {}))
     half = outcome.find("drop_muon_uniform", "test", part_label(0.5))
     assert half.ratios == [2.0, 4.0]
     assert half.median == 3
@@ -134,7 +149,7 @@ def test_speed_ups_are_paired_by_seed():
 
     settings = dataclasses.replace(settings, parts=(0.2, 0.8))
     runs[3] = make_run("drop_muon_uniform", 1, [0.0, 5.0, 10.0], curves)
-    outcome = summarise(settings, Contest(chosen, {}, {}, runs, []))
+    outcome = summarise(settings, Contest(chosen, {}, {}, runs, [], {}))
     (sentence,) = verdicts(settings, outcome, "mnist")
     assert "drop_muon_uniform: ≥ 1.4× to Muon's after 80 % (3.00×)" in sentence
     assert "NOT" not in sentence

@@ -12,8 +12,10 @@ from racing import Race, Run, run_all
 from rate_grid import RateGrid
 from settings import LEARNING_RATES, METHODS, MethodName
 from settings import Settings as RaceSettings
+from theory_study.network import plan
 
 Report = Callable[[str, int], None]
+SMOOTHNESS_STEPS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Contest:
     runs: list[Run]
     depth_costs: list[float]
     """Seconds of a step at each depth, which the time-aware method plans by."""
+    prediction: dict[str, Any]
+    """What the bounds promise, from the measured smoothness of each layer; empty if nobody draws
+    uniform depths."""
 
 
 def num_steps(settings: Settings, chosen: Chosen) -> int:
@@ -64,7 +69,8 @@ def hold_contest(settings: Settings, chosen: Chosen, report: Report) -> Contest:
         else:
             report(f"{name} was finished", _num_steps(race_settings, chosen, len(found)))
         runs += [Run(**run) for run in found]
-    return Contest(chosen, grids, rates, runs, costs)
+    prediction = _predict(settings, chosen, rates, costs, units, report)
+    return Contest(chosen, grids, rates, runs, costs, prediction)
 
 
 def _tune(
@@ -99,6 +105,44 @@ def _tune(
                 report(f"{unit} was finished", _num_steps(race_settings, chosen, 1))
             errors.append(1 - found["test_accuracy"][-1])
         yield name, RateGrid(chosen.learning_rates, tuple(errors))
+
+
+def _predict(
+    settings: Settings,
+    chosen: Chosen,
+    rates: dict[MethodName, float],
+    costs: list[float],
+    units: Units,
+    report: Report,
+) -> dict[str, Any]:
+    """From the smoothness along a short run of Muon, and the seconds of each depth."""
+    if "drop_muon_uniform" not in rates or not costs:
+        return {}
+    name = f"{chosen.race.dataset}_prediction"
+    identity = _identity(chosen.race, methods=(), seeds=(settings.tuning_seed,))
+    identity |= {"learning_rate": rates["muon"], "num_steps": SMOOTHNESS_STEPS, "costs": costs}
+    found = units.load(name, identity)
+    if found is None:
+        report(f"{chosen.race.dataset} measuring smoothness", 0)
+        model = CNN(chosen.race.channels)
+        planned = plan(
+            model,
+            model.layer_patterns(),
+            chosen.images,
+            batch_size=chosen.race.batch_size,
+            num_steps=SMOOTHNESS_STEPS,
+            learning_rate=rates["muon"],
+            seed=settings.tuning_seed,
+            costs=costs,
+        )
+        found = {
+            "layers": planned.layers,
+            "smoothness": {name: of.tolist() for name, of in planned.smoothness.items()},
+            "probabilities": planned.probabilities(),
+            "predicted_speed_ups": planned.speed_ups,
+        }
+        units.save(name, identity, found)
+    return found
 
 
 def _depth_costs(settings: Settings, chosen: Chosen, units: Units) -> list[float]:

@@ -65,7 +65,7 @@ def _averaged_curves(settings: Settings, contests: Sequence[Contest]) -> Figure:
                 for run, reference in zip(
                     _runs(contest, name), _runs(contest, REFERENCE), strict=True
                 ):
-                    best = max(accuracies(reference, split))
+                    best = max(accuracies(reference, split)) or 1.0  # it may have learned nothing
                     time = np.array(run.seconds) / reference.seconds[-1]
                     # A run that has ended stays where it is.
                     normalised.append(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paper_study.contest import Contest
-from paper_study.outcomes import OPPONENTS, Outcome, SpeedUp, verdicts
+from paper_study.outcomes import OPPONENTS, Outcome, SpeedUp, part_label, verdicts
 from paper_study.presets import left_out
 from paper_study.settings import Settings
 from reporting import TITLES
@@ -35,6 +35,8 @@ def print_tables(
                     and speed_up.method != opponent
                 ]
                 console.print(_speed_ups(contest, found))
+        if contest.prediction:
+            console.print(_prediction(settings, contest, outcome), highlight=False, soft_wrap=True)
         for sentence in verdicts(settings, outcome, contest.chosen.race.dataset):
             console.print(sentence, highlight=False, soft_wrap=True)
     missing = left_out(settings, [contest.chosen.race.dataset for contest in contests])
@@ -61,6 +63,22 @@ def _ends(settings: Settings, contest: Contest, outcome: Outcome) -> Table:
             f"{100 * statistics.median(equal.difference_by_seed):+.2f}",
         )
     return table
+
+
+def _prediction(settings: Settings, contest: Contest, outcome: Outcome) -> str:
+    """What the bounds promised of uniform depths, and what they did."""
+    promised = contest.prediction["predicted_speed_ups"]["uniform"]
+    said = ", ".join(f"{ratio:.2f}× by {name}" for name, ratio in promised.items())
+    found = [
+        outcome.find("drop_muon_uniform", "train", part_label(part)).median
+        for part in settings.parts
+    ]
+    seen = ", ".join("—" if ratio is None else f"{ratio:.2f}×" for ratio in found)
+    parts = ", ".join(f"{100 * part:.4g}" for part in settings.parts)
+    return (
+        f"Uniform depths: predicted {said}; measured {seen} to the training accuracy of Muon after "
+        f"{parts} % of its run."
+    )
 
 
 def _speed_ups(contest: Contest, found: Sequence[SpeedUp]) -> Table:
@@ -138,6 +156,7 @@ def _dataset(settings: Settings, contest: Contest, outcome: Outcome) -> dict[str
             if speed_up.method != speed_up.opponent
         ],
         "equal_time": [dataclasses.asdict(equal) for equal in outcome.equal_time],
+        "prediction": contest.prediction,
         "muons_seed_spread": outcome.seed_spread,
         "verdicts": verdicts(settings, outcome, contest.chosen.race.dataset),
         "curves": [dataclasses.asdict(run) for run in contest.runs],

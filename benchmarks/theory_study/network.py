@@ -8,6 +8,7 @@ that `dm.fit_smoothness` puts through its samples, at the median ‖g‖*.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ class Plan:
     smoothness: dict[str, Float[np.ndarray, " layers"]]
     """Of each criterion."""
     costs: Float[np.ndarray, " layers"]
-    """FLOPs of a step at each depth."""
+    """Of a step at each depth: FLOPs, or what was given."""
     distributions: dict[str, dm.LayerDistribution]
     """Uniform depths, and the best by each criterion, "best by max"."""
     speed_ups: dict[str, dict[str, float]]
@@ -57,6 +58,7 @@ def plan(
     num_steps: int,
     learning_rate: float,
     seed: int,
+    costs: Sequence[float] | None = None,
 ) -> Plan:
     """Measures the network along a short run of Muon and in its compiled steps, and plans.
 
@@ -68,25 +70,30 @@ def plan(
         num_steps: Of the run.
         learning_rate: Of Muon, falling linearly to 0.
         seed: Of initial parameters and batches.
+        costs: Of a step at each depth, if they are known; otherwise its FLOPs are counted.
     """
     params = jax.jit(model.init)(jax.random.key(seed), images.train_images[:1])["params"]
     layers = dm.layers_by_path(params, patterns)
     schedule = optax.linear_schedule(learning_rate, 0.0, num_steps)
     batches = _batches(images, batch_size, num_steps, seed)
     fit = _measure(model, params, batches, schedule)
-    costs = _count(model, params, layers, batches[0], schedule)
+    if costs is None:
+        of_depths = _count(model, params, layers, batches[0], schedule)
+    else:
+        of_depths = np.asarray(costs, float)
     smoothness = _of_layers(fit, layers)
     distributions = {"uniform": dm.uniform_depth()} | {
-        f"best by {of}": dm.optimal_depth(smoothness[of], costs, criterion=of) for of in CRITERIA
+        f"best by {of}": dm.optimal_depth(smoothness[of], of_depths, criterion=of)
+        for of in CRITERIA
     }
     speed_ups = {
         name: {
-            of: dm.predicted_speed_up(distribution, smoothness[of], costs, criterion=of)
+            of: dm.predicted_speed_up(distribution, smoothness[of], of_depths, criterion=of)
             for of in CRITERIA
         }
         for name, distribution in distributions.items()
     }
-    return Plan(layers.names, smoothness, costs, distributions, speed_ups, fit)
+    return Plan(layers.names, smoothness, of_depths, distributions, speed_ups, fit)
 
 
 def _batches(images: Images, batch_size: int, num_steps: int, seed: int) -> list[Any]:
