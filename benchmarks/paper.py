@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from paper_study.contest import Contest, hold_contest, num_steps
 from paper_study.figures import make_figure
 from paper_study.outcomes import summarise
-from paper_study.presets import choose
+from paper_study.presets import choose, left_out
 from paper_study.report import print_tables, record
 from paper_study.sampling import sampling_figure, sampling_record
 from paper_study.settings import Settings, check_settings
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(settings: Settings, console: Console) -> list[Contest]:
     """Everything that is not there yet, data set by data set."""
-    chosen = choose(settings)
     progress = Progress(
         TextColumn("{task.description:<52}"),
         BarColumn(),
@@ -57,6 +56,13 @@ def _train(settings: Settings, console: Console) -> list[Contest]:
     )
     contests = []
     try:
+        with console.status("reading the data sets"):
+            chosen = choose(settings)
+        missing = left_out(settings, [it.race.dataset for it in chosen])
+        if missing:
+            console.print(
+                f"[bold]Without {', '.join(missing)}: not at hand, or not asked for.[/bold]"
+            )
         with progress:
             task = progress.add_task("", total=sum(num_steps(settings, it) for it in chosen))
             for images_and_race in chosen:

@@ -160,25 +160,25 @@ def test_plans_are_read_once_a_period_and_a_period_ahead(monkeypatch):
 def test_a_chain_around_it_keeps_the_one_record():
     inner = make_tx()
     tx = inner.attach_to(optax.chain(optax.clip_by_global_norm(1e9), inner))
-    depths = train(make_tx(), 24)[0]
-    assert train(tx, 24, train_step=make_train_step(tx))[0] == depths
-
-    layers = inner.layers
-    sampler = dm.layer_mask_sampler(layers, inner.distribution, seed=0)
-    chain = optax.chain(
-        dm.momentum(0.9),
-        dm.newton_schulz_lmo(shape_factor="muon"),
-        optax.scale_by_learning_rate(0.05),
-        sampler,
-    )
+    sampler = dm.layer_mask_sampler(inner.layers, inner.distribution, seed=0)
+    lmo = dm.newton_schulz_lmo(shape_factor="muon")
+    chain = optax.chain(dm.momentum(0.9), lmo, optax.scale_by_learning_rate(0.05), sampler)
     own = sampler.attach_to(chain)
-    assert train(own, 24, train_step=make_train_step(own))[0] == depths
-    state = chain.init(make_params())
+    params = make_params()
+    gains = []
+    for it in (inner, tx, own):
+        state = it.init(params)
+        assert it.depth(0, state) == inner.sample(0, inner.init(params))
+        update = jax.jit(functools.partial(it.update, layer_mask=it.layers.mask(1)))
+        gains.append(optax.tree.get(update(params, state, params)[1], "gains"))
+    np.testing.assert_allclose(gains[1], gains[0], rtol=1e-6)
+    np.testing.assert_allclose(gains[2], gains[0], rtol=1e-6)
+
     with pytest.raises(ValueError, match=r"no record.*sampler\.attach_to"):
-        sampler.depth(0, state)
+        sampler.depth(0, chain.init(params))
     twice = sampler.attach_to(optax.chain(optax.identity(), own))
     with pytest.raises(ValueError, match=r"several records.*Attach the sampler once"):
-        twice.depth(0, twice.init(make_params()))
+        twice.depth(0, twice.init(params))
 
 
 def test_rows_of_a_stack_gain_like_layers_of_their_own():

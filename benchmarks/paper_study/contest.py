@@ -58,7 +58,7 @@ def hold_contest(settings: Settings, chosen: Chosen, report: Report) -> Contest:
     race_settings = dataclasses.replace(chosen.race, **own)
     race, runs = None, []
     for seed in settings.seeds:
-        name = f"{race_settings.dataset}_seed_{seed}"
+        name = f"{settings.figure}_{race_settings.dataset}_seed_{seed}"
         identity = _identity(race_settings, seeds=(seed,)) | {"depth_costs": costs}
         found = units.load(name, identity)
         if found is None:
@@ -79,6 +79,7 @@ def _tune(
     """The validation errors of every method that is tuned, at every rate."""
     if len(chosen.learning_rates) == 1:
         return
+    race = None
     for name in chosen.race.methods:
         errors = []
         for rate in chosen.learning_rates:
@@ -97,8 +98,9 @@ def _tune(
             }
             found = units.load(unit, identity)
             if found is None:
-                race = _make_race(race_settings, chosen.tuning_images, costs)
-                (run,) = run_all(race, _said(race_settings, report, f"at {rate:g}"))
+                race = race or _make_race(race_settings, chosen.tuning_images, costs)
+                said = _said(race_settings, report, f"at {rate:g}")
+                (run,) = run_all(race.with_settings(race_settings), said)
                 found = dataclasses.asdict(run)
                 units.save(unit, identity, found)
             else:

@@ -59,6 +59,7 @@ def _averaged_curves(settings: Settings, contests: Sequence[Contest]) -> Figure:
     panels = figure.subplots(1, len(SPLITS))
     grid = np.linspace(0, 1, 101)
     for axes, split in zip(panels, SPLITS, strict=True):
+        lowest = []
         for name in contests[0].chosen.race.methods:
             normalised = []
             for contest in contests:
@@ -73,9 +74,10 @@ def _averaged_curves(settings: Settings, contests: Sequence[Contest]) -> Figure:
                     )
             colour, dash, _ = _style(name)
             shown = np.array(normalised)
+            lowest.append(shown.mean(0)[len(grid) // 5])
             axes.plot(grid, shown.mean(0), dash, color=colour, label=TITLES[name])
             axes.fill_between(grid, shown.min(0), shown.max(0), color=colour, alpha=0.12, lw=0)
-        axes.set_ylim(0.85, 1.01)
+        axes.set_ylim(bottom=min(lowest))  # where they differ, not the climb
         axes.set_title(f"{split}ing accuracy" if split == "train" else "test accuracy")
         axes.set_xlabel("time, in Muon's")
         axes.set_ylabel("accuracy, in Muon's best")
@@ -94,9 +96,11 @@ def _speed_ups(
     """Times faster than Muon at the accuracies of its run, with intervals; gaps if not reached."""
     figure = Figure(figsize=(12, 4.5 * len(contests)), layout="constrained")
     panels = figure.subplots(len(contests), len(SPLITS), squeeze=False, sharey=True)
+    highest = 0.0
     for row, contest, outcome in zip(panels, contests, outcomes, strict=True):
         methods = contest.chosen.race.methods
         for axes, split in zip(row, SPLITS, strict=True):
+            shown: list[float] = []
             for i, name in enumerate(methods):
                 colour, dash, marker = _style(name)
                 # Side by side, so that intervals show.
@@ -104,16 +108,18 @@ def _speed_ups(
                 found = [outcome.find(name, split, part_label(part)) for part in settings.parts]
                 y = np.array([speed_up.median or np.nan for speed_up in found])
                 axes.plot(x, y, dash, color=colour, marker=marker, label=TITLES[name])
+                shown += y[np.isfinite(y)].tolist()
                 for at, speed_up in zip(x, found, strict=True):
                     if speed_up.interval is not None:
                         interval = speed_up.interval
                         axes.plot([at, at], [interval.low, interval.high], color=colour, lw=1)
-            axes.set_ylim(0, 3.5)
+            highest = max(highest, float(np.nanmax([2.0, *shown])))
             axes.set_xticks([100 * part for part in settings.parts])
             axes.set_title(f"{contest.chosen.race.dataset}, {split} accuracy")
             axes.set_xlabel("part of Muon's run (%), whose accuracy is to be reached")
             finish(axes)
         row[0].set_ylabel("times faster than Muon")
+    panels[0, 0].set_ylim(0, 1.1 * highest)  # of all: they share it
     seeds = f"{len(settings.seeds)} seeds"
     figure.suptitle(f"Median of {seeds}; bars: 95 % interval of the geometric mean")
     legend(figure, panels[0, 0])

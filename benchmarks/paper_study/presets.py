@@ -34,7 +34,7 @@ DATASETS: dict[FigureName, tuple[DatasetName, ...]] = {
 }
 SCALES: dict[Scale, dict[str, Any]] = {
     "paper": {
-        "epochs": 20,
+        "epochs": 50,
         "max_train": None,
         "channels": (64, 128, 256),
         "batch_size": 8192,
@@ -56,7 +56,7 @@ SCALES: dict[Scale, dict[str, Any]] = {
     },
 }
 _OF_THE_PAPER: dict[DatasetName, dict[str, Any]] = {
-    "fashion_mnist": {"batch_size": 32768},
+    "fashion_mnist": {"batch_size": 32768, "epochs": 200},
     "cifar10": {"channels": (128, 256, 512)},
 }
 

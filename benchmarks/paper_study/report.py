@@ -1,7 +1,6 @@
 """What the paper's figures leave behind: tables and plain numbers."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +86,8 @@ def _speed_ups(contest: Contest, found: Sequence[SpeedUp]) -> Table:
     opponent = TITLES[found[0].opponent] if found else ""
     table = _new_table(
         f"{title}: times faster than {opponent}",
-        "median of seeds (95 % interval of the geometric mean)",
+        "median of seeds (95 % interval of the geometric mean); between two\n"
+        "evaluations, on the straight line",
     )
     targets = list(dict.fromkeys(speed_up.target for speed_up in found))
     for target in targets:
@@ -103,7 +103,7 @@ def _show(speed_up: SpeedUp) -> str:
     if interval is not None and median is not None:
         return f"{median:.2f}×\n({interval.low:.2f}–{interval.high:.2f})"
     reached = f"\n({speed_up.num_reached} of {len(speed_up.ratios)})"
-    if median is None or median == 0 or math.isinf(median):
+    if median is None:
         return f"—{reached}"
     return f"{median:.2f}×{reached if len(speed_up.ratios) > 1 else ''}"
 

@@ -49,8 +49,8 @@ def sampling_figure(settings: Settings) -> Figure:
             )
         axes.set_title(f"α = {alpha:g}")
         axes.set_xlabel("epoch")
-        axes.set_ylim(bottom=0)
         finish(axes)
+    panels[0].set_ylim(bottom=0)  # of all, and once all are drawn: this also settles the top
     panels[0].set_ylabel("probability")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title="0 = all layers")

@@ -26,7 +26,10 @@ class Units:
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
-        unit = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            unit = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise SystemExit(f"{path} is no JSON: delete it to make it anew.") from None
         expected = json.loads(json.dumps(identity))
         differing = {
             key: (unit["identity"].get(key), expected.get(key))
