@@ -53,7 +53,7 @@ def minimise_waiting(
     clipped = jnp.arange(size) >= size - jnp.arange(size + 1)[:, None]
     always_paid = base + jnp.sum(jnp.where(clipped, c, 0), axis=1)
     never_waits = tail + jnp.sum(jnp.where(clipped, w, 0), axis=1)
-    scale = (always_paid / never_waits)[:, None]
+    scale = (always_paid / jnp.maximum(never_waits, jnp.finfo(dtype).tiny))[:, None]
     ideal = jnp.where(jnp.isinf(ratio), 1, scale * ratio)
     included = jnp.minimum(1, ideal) ** (1 / (1 + rate))
     cost = base + jnp.sum(c * included, axis=1)

@@ -316,6 +316,30 @@ def test_two_runs_on_one_sampler_are_found_out():
         take_turns()
 
 
+def test_two_runs_step_by_step_on_one_sampler_are_found_out():
+    tx = make_tx()
+    states = [tx.init(make_params()) for _ in range(2)]
+    other = states[1].next_probabilities[::-1] * np.array([0.5, 1.0, 1.5], np.float32)
+    states[1] = states[1]._replace(next_probabilities=other)
+
+    def take_turns():
+        for step in range(8):
+            for state in states:
+                tx.depth(step, state._replace(count=jnp.int32(step)))
+
+    with pytest.raises(ValueError, match="A sampler follows one run"):
+        take_turns()
+
+
+def test_an_optimizer_with_injected_rates_keeps_its_record():
+    params, layers = make_params(), make_tx().layers
+    inject = optax.inject_hyperparams(dm.drop_muon, static_args=("seed", "layers"))
+    for distribution in (dm.uniform_depth(), dm.time_aware_depth(COSTS)):
+        state = inject(0.1, layers, distribution, seed=0).init(params)
+        sampler = dm.drop_muon(0.1, layers, distribution, seed=0)
+        assert sampler.depth(0, state) in (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

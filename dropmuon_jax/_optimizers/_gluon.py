@@ -99,7 +99,7 @@ def drop_gluon(
     radii: Mapping[str, Radius] | None = None,
     *,
     seed: int,
-    steps_per_draw: int = 1,
+    steps_per_draw: int | None = None,
     momentum: optax.GradientTransformation | None = None,
     lmos: Mapping[str, optax.GradientTransformation] | None = None,
     roles: Mapping[str, str] | None = None,
@@ -120,7 +120,7 @@ def drop_gluon(
             :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         radii: As in :func:`gluon`.
         seed: Seed of the draws, a Python integer.
-        steps_per_draw: How many steps in a row share a draw.
+        steps_per_draw: How many steps in a row share a draw, by default 1.
         momentum: As in :func:`gluon`.
         lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into
             :func:`per_layer`.

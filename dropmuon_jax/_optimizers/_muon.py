@@ -37,7 +37,7 @@ def drop_muon(
     depth_distribution: LayerDistribution | AdaptiveDistribution,
     *,
     seed: int,
-    steps_per_draw: int = 1,
+    steps_per_draw: int | None = None,
     momentum: optax.GradientTransformation | None = None,
     lmo: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -74,7 +74,7 @@ def drop_muon(
         depth_distribution: What is drawn in each step, such as :func:`uniform_depth`, or
             :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         seed: Seed of the draws, a Python integer.
-        steps_per_draw: How many steps in a row share a draw.
+        steps_per_draw: How many steps in a row share a draw, by default 1.
         momentum: The momentum of the matrices, by default `momentum(decay=0.9)`. With
             :func:`mvr_momentum` the previous parameters of everything else are kept too.
         lmo: The LMO of the matrices, by default `newton_schulz_lmo(shape_factor="muon")`.

@@ -245,7 +245,7 @@ def drop_scion(
     radii: Mapping[str, Radius],
     *,
     seed: int,
-    steps_per_draw: int = 1,
+    steps_per_draw: int | None = None,
     constrained: bool = True,
     momentum: optax.GradientTransformation | None = None,
     lmos: Mapping[str, optax.GradientTransformation] | None = None,
@@ -265,7 +265,7 @@ def drop_scion(
             :func:`time_aware_depth`, whose draws need the state, `depth(step, opt_state)`.
         radii: As in :func:`scion`.
         seed: Seed of the draws, a Python integer.
-        steps_per_draw: How many steps in a row share a draw.
+        steps_per_draw: How many steps in a row share a draw, by default 1.
         constrained: As in :func:`scion`.
         momentum: Likewise.
         lmos: Likewise. What does not look at `layer_mask` goes, like a momentum that does not, into

@@ -21,6 +21,7 @@ _COUNTS = {"flops": "flops", "bytes": "bytes accessed"}
 def depth_cost(
     step: Callable[..., Any],
     layers: Layers,
+    /,
     *args: Any,
     measure: str = "flops",
     repetitions: int = 5,

@@ -39,9 +39,10 @@ def optimal_depth(
       only if, for every s, the layers before depth s have at least as large a share of ΣL as
       depth s saves of the cost of a full step.**
 
-    Both statements hold in the other direction too. Depths that cost as much as a shallower one are
-    never drawn. A bound is a worst case: :func:`predicted_speed_up` says how much it promises, and
-    `benchmarks/theory.py` what became of it.
+    Both statements hold in the other direction too, and the first as long as every depth saves
+    something. Depths that cost as much as a shallower one are never drawn. A bound is a worst case:
+    :func:`predicted_speed_up` says how much it promises, and `benchmarks/theory.py` what became of
+    it.
 
     Args:
         smoothness: L of each layer, shallow to deep, positive, in the norm of its steps; such as

@@ -20,9 +20,10 @@ class AdaptiveDistribution:
 
     The plan is made on the device, inside `update`, from the gains of the layers that are recorded
     there; it is a part of the optimizer state, a :class:`LayerGainsState`. So draws are a function
-    of seed, step and state: the same on every host, and after a restart from a checkpoint. The
-    host reads a plan one period after it was made, and waits for nothing. In the first two periods
-    every subset is as likely as any other.
+    of seed, step and state: the same on every host, and after a restart from a checkpoint (unless a
+    wrapper such as `optax.apply_if_finite` has just left a step out). The host reads a plan one
+    period after it was made, so that it may run a period ahead. In the first two periods every
+    subset is as likely as any other.
 
     Attributes:
         subsets: As in :class:`LayerDistribution`.
@@ -78,7 +79,9 @@ def time_aware_depth(
 
     before the order and π ≤ 1 are taken into account, which is done exactly. Here w_i is the gain
     of a step, −⟨gradient, update⟩, that the run has shown; c_i = costs[i] − costs[i + 1] is what
-    the layer adds to the cost of a step, and C0 what no depth avoids. Where gains are in proportion
+    the layer adds to the cost of a step, and C0 what no depth avoids. A gain counts for at least 1
+    % of the largest, and is an average over the layer's own steps: under a falling learning rate
+    that of a layer that is seldom drawn is of a somewhat larger rate. Where gains are in proportion
     to costs, as in a transformer of equal blocks, that is full updates.
 
     Args:
@@ -87,7 +90,7 @@ def time_aware_depth(
             nearest in least squares that do not are taken.
         rate: ρ, the speed of convergence that is assumed: ½ is that of stochastic gradients, 1 of
             exact ones. A smaller one drops more.
-        floor: The least probability with which each layer is updated, in [0, 1].
+        floor: The least probability with which a plan updates each layer, in [0, 1].
         steps_per_plan: Steps of a period; the first two have uniform depths.
         decay: Weight of the past in the gains, over the steps in which a layer is active.
 

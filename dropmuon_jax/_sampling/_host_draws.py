@@ -30,16 +30,19 @@ class HostDraws:
 
     Args:
         seed: As the sampler's.
-        probabilities: From the number of a draw, which may be traced, to its probabilities.
+        probabilities: From a step, which may be traced, to the probabilities.
+        steps_per_draw: The steps that share a draw.
     """
 
     def __init__(
         self,
         seed: int | jax.Array,
         probabilities: Callable[[Array | int], Float[Array, " num_subsets"]],
+        steps_per_draw: int,
     ):
         self._seed = seed
         self._probabilities = probabilities
+        self._steps_per_draw = steps_per_draw
 
     def index(self, draw: int) -> int:
         """What is drawn."""
@@ -49,7 +52,7 @@ class HostDraws:
     @functools.cached_property
     def _block(self) -> Callable[[int], np.ndarray]:
         def one(draw: Array) -> Any:
-            probabilities = self._probabilities(draw)
+            probabilities = self._probabilities(draw * self._steps_per_draw)
             return draw_index(self._seed, draw, probabilities), probabilities
 
         draw_all = jax.jit(jax.vmap(one))
@@ -57,10 +60,12 @@ class HostDraws:
         @functools.lru_cache(maxsize=4)
         def block(number: int) -> np.ndarray:
             start = number * _STEPS_PER_BLOCK
-            draws = np.arange(start, start + _STEPS_PER_BLOCK, dtype=np.int32)
+            draws = np.arange(start, start + _STEPS_PER_BLOCK)
+            # Nobody asks for those beyond, whose steps would overflow.
+            draws = np.minimum(draws, LAST_STEP // self._steps_per_draw).astype(np.int32)
             indices, probabilities = on_host(draw_all, draws)
             for draw, of_draw in enumerate(probabilities, start):
-                check_probabilities(of_draw, draw)
+                check_probabilities(of_draw, draw * self._steps_per_draw)
             return indices
 
         return block

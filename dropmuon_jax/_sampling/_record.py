@@ -100,7 +100,9 @@ def find_record(opt_state: Any) -> LayerGainsState:
     if len(found) > 1 or _records(found[0].inner_state):
         raise ValueError(
             "opt_state has several records of the layers' gains. Attach the sampler once, to the "
-            "whole chain; what goes around it keeps the draws by tx.attach_to(optax.chain(…, tx))."
+            "whole chain; what goes around it keeps the draws by tx.attach_to(optax.chain(…, tx)). "
+            "(drop_muon and the like keep it themselves: around optax.inject_hyperparams attach "
+            "nothing, and draw with another one's depth(step, opt_state).)"
         )
     return found[0]
 
@@ -149,5 +151,7 @@ def _gains(
             continue
         products = grad.astype(jnp.float32) * update.astype(jnp.float32)
         of_rows = jnp.sum(products, axis=tuple(range(1, products.ndim)) if len(rows) > 1 else None)
-        total = total.at[np.array(rows)].add(-of_rows)
+        # A sum, not a scatter, which explicit axes would want to know more of.
+        is_of_layer = np.arange(layers.num_layers)[:, None] == np.array(rows)
+        total -= jnp.sum(jnp.where(is_of_layer, of_rows, 0), axis=1)
     return total

@@ -43,11 +43,14 @@ class RecordedDraws:
         self._now = np.zeros(0, np.float32)
         self._coming: _Reading | None = None
         self._coming_step = 0  # at which it was begun
+        self._again: list[_Reading] = []  # by further calls at that step
 
     def index(self, step: int, opt_state: Any) -> int:
         """What is drawn in a step, from the state before it."""
         period, offset = divmod(step, self._steps_per_plan)
         if step == self._last_step:  # again, as for the micro-batches of a step
+            if offset == 0:  # or of another run, which is found out when the period ends
+                self._again = [*self._again[-7:], _start_reading(opt_state)]
             return int(self._indices[offset])
         follows, self._last_step = step == self._last_step + 1, -1
         if not follows or offset == 0:
@@ -80,9 +83,13 @@ class RecordedDraws:
         """
         if self._coming is None:
             return None
-        reading, self._coming = _arrived(self._coming), None
+        reading, again = _arrived(self._coming), map(_arrived, self._again)
+        self._coming, self._again = None, []
         left_out = int(reading.count) < self._coming_step
-        if not left_out and not np.array_equal(reading.probabilities, self._now):
+        agrees = np.array_equal(reading.probabilities, self._now) and all(
+            np.array_equal(other.next_probabilities, reading.next_probabilities) for other in again
+        )
+        if not left_out and not agrees:
             raise ValueError(
                 f"The plan that was followed since step {reading.count} is not that of opt_state. "
                 "A sampler follows one run: make one for each, and give it the state of every step."
@@ -101,7 +108,12 @@ def _start_reading(opt_state: Any) -> _Reading:
     record = find_record(opt_state)
     if isinstance(record.count, Tracer):
         raise TypeError("opt_state is traced: on the device, draw with sampler.sample.")
-    with jax.transfer_guard("allow"):
+    if record.count.ndim:
+        raise ValueError(
+            f"opt_state is that of {record.count.shape} runs at once: draw with sampler.sample in "
+            "jax.vmap, or make a sampler for each."
+        )
+    with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
         reading = _Reading(
             *map(jnp.copy, (record.count, record.probabilities, record.next_probabilities))
         )
@@ -111,8 +123,20 @@ def _start_reading(opt_state: Any) -> _Reading:
 
 
 def _arrived(reading: _Reading) -> _Reading:
-    """As NumPy arrays; of an array on a pod, what lies on a device of this process."""
+    """As NumPy arrays."""
+    return _Reading(*map(to_host, reading))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Its value; on a pod of the copy that lies on a device of this process."""
+    if not isinstance(array, jax.Array):
+        return array
+    if not array.is_fully_addressable:
+        if not array.is_fully_replicated:
+            raise ValueError(
+                "The record of gains is sharded over processes. Give the jitted step "
+                "out_shardings=dm.state_shardings(tx, params) for the optimizer state."
+            )
+        array = array.addressable_data(0)
     with jax.transfer_guard("allow"):
-        return _Reading(
-            *(np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x) for x in reading)
-        )
+        return np.asarray(array)

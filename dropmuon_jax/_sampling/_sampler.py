@@ -28,7 +28,7 @@ from dropmuon_jax._sampling._fit import check_distribution
 from dropmuon_jax._sampling._host_draws import LAST_STEP, HostDraws, check_step
 from dropmuon_jax._sampling._processes import check_agreement
 from dropmuon_jax._sampling._record import find_record, record_gains
-from dropmuon_jax._sampling._recorded_draws import RecordedDraws
+from dropmuon_jax._sampling._recorded_draws import RecordedDraws, to_host
 
 _STEPS_TO_COMPARE = 64  # how many draws processes compare
 
@@ -89,7 +89,9 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
             opt_state: The optimizer state before the step, for an adaptive distribution.
 
         Returns:
-            A Python integer in [0, num_layers), equal to `sample(step, opt_state)`.
+            A Python integer in [0, num_layers), equal to `sample(step, opt_state)`. (Where a
+            wrapper leaves steps out, as `optax.apply_if_finite` does, the record counts fewer steps
+            than the host, and plans begin a few steps apart on host and device.)
 
         Raises:
             TypeError: If `step` is an array (reading it back would end asynchronous dispatch), if
@@ -116,7 +118,8 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
 
         All processes call it, before the first step and after restoring a checkpoint: from then on
         each draws by itself. With other depths they would run different programs, and wait for each
-        other in collectives forever. With one process it does nothing.
+        other in collectives forever. (Plans of an adaptive distribution agree if the gains do, to
+        the last bit, as replicated arrays should: call it now and then.) One process agrees.
 
         Args:
             step: The next one, a Python integer.
@@ -126,20 +129,23 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
             ValueError: If processes differ in seed, step, layers or distribution, saying how.
         """
         if isinstance(self.distribution, AdaptiveDistribution):
-            draws = [self._index(step, opt_state)]
-            record = find_record(opt_state)
-            # What is planned next, of the record and of gains that are all alike.
-            alike = jnp.ones(self.layers.num_layers, jnp.float32)
-            plans = map(self.distribution.plan, (record.gains, alike))
-            probabilities = [record.probabilities, record.next_probabilities, *plans]
+            self._check_given(opt_state)
+            record, draws = find_record(opt_state), [step]
+            # The plans that are made, and those of gains that differ, which know all costs.
+            orders = np.arange(self.layers.num_layers, dtype=np.float32)
+            rising, one_by_one = 2.0 ** -orders[::-1], 0.9 * np.eye(len(orders), dtype=np.float32)
+            differing = jnp.asarray([rising, rising[::-1], *(one_by_one + 0.1)])
+            kept = (to_host(x) for x in (record.probabilities, record.next_probabilities))
+            plans = [np.asarray(self.distribution.plan(gains)) for gains in differing]
+            probabilities = [*kept, *plans]
             periods = f"{self.distribution.steps_per_plan} {self.distribution.decay}"
         else:
             draws = [self._index(step + i, None) for i in range(_STEPS_TO_COMPARE)]
             # Distributions that change along a run may part later than these draws.
             ahead = np.minimum(step + 2 ** np.arange(31), LAST_STEP)
-            probabilities = [self.probabilities(int(later)) for later in ahead]
+            probabilities = [np.asarray(self.probabilities(int(later))) for later in ahead]
             periods = ""
-        compared = np.round([np.asarray(of_step) for of_step in probabilities], 4).tolist()
+        compared = np.round(probabilities, 4).tolist()
         layers = f"{self.layers}{self.subsets.tolist()}{self.steps_per_draw}"
         check_agreement(int(self._seed), step, draws, f"{layers}{compared}{periods}")
 
@@ -181,14 +187,12 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
             0
         """
         check_transformation("transformation", transformation)
-        keeps_record = isinstance(self.distribution, AdaptiveDistribution)
-        if keeps_record and not self._keeps_record:
-            assert isinstance(self.distribution, AdaptiveDistribution)
+        if isinstance(self.distribution, AdaptiveDistribution) and not self._keeps_record:
             transformation = record_gains(transformation, self.layers, self.distribution)
         init, update = optax.with_extra_args_support(transformation)
         return _make_sampler(
             *(init, update, self.layers, self.distribution, self._seed, self.steps_per_draw),
-            keeps_record=keeps_record,
+            keeps_record=isinstance(self.distribution, AdaptiveDistribution),
         )
 
     @functools.cached_property
@@ -211,7 +215,7 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
 
     @functools.cached_property
     def _host_draws(self) -> HostDraws:
-        return HostDraws(self._seed, lambda draw: self.probabilities(draw * self.steps_per_draw))
+        return HostDraws(self._seed, self.probabilities, self.steps_per_draw)
 
     @functools.cached_property
     def _recorded_draws(self) -> RecordedDraws:
@@ -224,7 +228,7 @@ def layer_mask_sampler(
     depth_distribution: LayerDistribution | AdaptiveDistribution,
     *,
     seed: int | jax.Array,
-    steps_per_draw: int = 1,
+    steps_per_draw: int | None = None,
 ) -> LayerMaskSampler:
     """Draws the layers of each step, and lets only their updates through.
 
@@ -249,7 +253,7 @@ def layer_mask_sampler(
             follows the run, such as :func:`time_aware_depth`, for which the whole chain is made by
             `sampler.attach_to(optax.chain(…, sampler))`, and draws need `opt_state`.
         seed: A Python integer from 0 to 2^64 - 1. (A scalar array works too, for `sample` only.)
-        steps_per_draw: How many steps in a row share a draw, at least 1. It divides the
+        steps_per_draw: How many steps in a row share a draw, by default 1. It divides the
             `steps_per_plan` of an adaptive distribution.
 
     Returns:
@@ -285,7 +289,10 @@ def layer_mask_sampler(
         seed = static_int("seed", seed, minimum=0)
         if seed >= 1 << 64:
             raise ValueError(f"seed must be below 2^64, got {seed}.")
-    steps_per_draw = static_int("steps_per_draw", steps_per_draw, minimum=1)
+    # None in the place of 1, of which optax.inject_hyperparams would make an array.
+    steps_per_draw = (
+        1 if steps_per_draw is None else static_int("steps_per_draw", steps_per_draw, minimum=1)
+    )
     if not isinstance(depth_distribution, LayerDistribution | AdaptiveDistribution):
         raise TypeError(
             "depth_distribution must be a LayerDistribution such as dm.uniform_depth(), or an "
