@@ -43,7 +43,9 @@ def record(results) -> dict:
 @pytest.fixture(scope="module")
 def tiny_race() -> Race:
     settings = Settings(Path(), max_train=60, batch_size=20, channels=(2, 3), epochs=2)
-    return Race(settings, CNN((2, 3)), load_images("mnist5k", max_train=60))
+    it = Race(settings, CNN((2, 3)), load_images("mnist5k", max_train=60))
+    it.measured_costs += [3.0, 2.0, 1.0]  # without measuring them
+    return it
 
 
 def test_race_records_a_curve_for_each_method_and_seed(record):
