@@ -13,15 +13,15 @@ from optax.contrib import MuonDimensionNumbers
 import dropmuon_jax as dm
 from settings import MethodName, Settings, learning_rate
 
-RADII = dm.SCION_CNN_RADII  # the relative steps of hidden layers, head and biases
+RADII = dm.optimizers.SCION_CNN_RADII  # the relative steps of hidden layers, head and biases
 
 
 class Method(NamedTuple):
     """A contestant."""
 
     tx: Any
-    layers: dm.Layers | None
-    """Those of which it leaves some out; None if it never does."""
+    reader: dm.sampling.PlanReader | None
+    """Which draws the layers of each step, of one run; None if all layers are always trained."""
     num_steps: int
     """How long it runs."""
     init: Callable[[jax.Array, Any], Any] | None = None
@@ -30,13 +30,18 @@ class Method(NamedTuple):
     """Whether a step takes the gradient at the previous parameters too."""
 
     @property
+    def layers(self) -> dm.Layers | None:
+        """Those of which it leaves some out; None if it never does."""
+        return None if self.reader is None else self.reader.sampler.layers
+
+    @property
     def num_depths(self) -> int:
         """How many different steps there are."""
         return 1 if self.layers is None else self.layers.num_layers
 
     def depth(self, step: int, opt_state: Any) -> int:
         """The shallowest layer that step trains, from the state before it."""
-        return 0 if self.layers is None else self.tx.depth(step, opt_state)
+        return 0 if self.reader is None else self.reader.depth(step, opt_state)
 
 
 def make_method(
@@ -61,6 +66,13 @@ def make_method(
     two_gradients = name in ("muon_with_mvr", "drop_muon_with_mvr")
     make_momentum = dm.mvr_momentum if two_gradients else dm.momentum
     momentum = make_momentum(settings.decay)
+    if name == "drop_muon_epoch_shift":
+        distribution = dm.epoch_shift_depth(num_steps, alpha=settings.alpha)
+    elif name == "drop_muon_time_aware":
+        distribution = dm.time_aware_depth(depth_costs())
+    else:
+        distribution = dm.uniform_depth()
+    sampler = dm.DepthSampler(layers, distribution, seed=seed)
     init = None
     match name:
         case "muon" | "muon_short" | "muon_with_mvr":
@@ -71,20 +83,9 @@ def make_method(
             | "drop_muon_time_aware"
             | "drop_muon_with_mvr"
         ):
-            if name == "drop_muon_epoch_shift":
-                distribution = dm.epoch_shift_depth(num_steps, alpha=settings.alpha)
-            elif name == "drop_muon_time_aware":
-                distribution = dm.time_aware_depth(depth_costs())
-            else:
-                distribution = dm.uniform_depth()
-            tx = dm.drop_muon(
-                rate,
-                layers,
-                distribution,
-                seed=seed,
-                momentum=momentum,
-                auxiliary_learning_rate=bias_rate,
-            )
+            tx = dm.drop_muon(rate, layers, momentum=momentum, auxiliary_learning_rate=bias_rate)
+            if name == "drop_muon_time_aware":
+                tx = dm.record_gains(tx, sampler)
         case "optax_muon":
             tx = optax.contrib.muon(
                 rate,
@@ -99,31 +100,17 @@ def make_method(
             tx = dm.scion(rate, RADII, constrained=False, momentum=momentum, roles=roles)
         case "scion_constrained":
             tx = dm.scion(rate, RADII, momentum=momentum, roles=roles)
-            init = functools.partial(dm.scion_init, radii=RADII, roles=roles)
+            init = functools.partial(dm.optimizers.scion_init, radii=RADII, roles=roles)
         case "gluon":
-            tx = dm.gluon(dm.gluon_radius(first_rate), RADII, roles=roles)
+            tx = dm.gluon(dm.schedules.gluon_radius(first_rate), RADII, roles=roles)
         case "drop_scion":
             tx = dm.drop_scion(
-                rate,
-                layers,
-                dm.uniform_depth(),
-                RADII,
-                seed=seed,
-                constrained=False,
-                momentum=momentum,
-                roles=roles,
+                rate, layers, RADII, constrained=False, momentum=momentum, roles=roles
             )
         case "drop_gluon":
-            tx = dm.drop_gluon(
-                dm.gluon_radius(first_rate),
-                layers,
-                dm.uniform_depth(),
-                RADII,
-                seed=seed,
-                roles=roles,
-            )
-    dropped = layers if name.startswith("drop_") else None
-    return Method(tx, dropped, num_steps, init, two_gradients)
+            tx = dm.drop_gluon(dm.schedules.gluon_radius(first_rate), layers, RADII, roles=roles)
+    reader = dm.sampling.PlanReader(sampler) if name.startswith("drop_") else None
+    return Method(tx, reader, num_steps, init, two_gradients)
 
 
 def _dimension_numbers(params: optax.Params) -> Any:

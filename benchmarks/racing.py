@@ -126,7 +126,9 @@ class Race:
                 return steps[depth](*arguments)
 
             jitted = jax.jit(step, static_argnames="depth", donate_argnums=(0, 1))
-            costs = dm.depth_cost(jitted, self.layers, *runner.arguments(0), measure="seconds")
+            costs = dm.planning.depth_cost(
+                jitted, self.layers, *runner.arguments(0), measure="seconds"
+            )
             self.measured_costs += costs.tolist()
         return self.measured_costs
 
@@ -283,12 +285,13 @@ def hold_race(race: Race, report: Report = lambda text, steps: None) -> Contest:
 
 
 def _draws(race: Race, name: MethodName) -> bool:
-    method = race.method(name, race.settings.seeds[0])
-    return method.layers is not None and isinstance(method.tx.distribution, dm.LayerDistribution)
+    reader = race.method(name, race.settings.seeds[0]).reader
+    return reader is not None and isinstance(reader.sampler.distribution, dm.LayerDistribution)
 
 
 def _probabilities(race: Race, name: MethodName) -> list[list[float]]:
     """Of each depth, in the middle of each epoch."""
-    tx = race.method(name, race.settings.seeds[0]).tx
+    reader = race.method(name, race.settings.seeds[0]).reader
+    assert reader is not None
     middles = [int((epoch + 0.5) * race.steps_per_epoch) for epoch in range(race.settings.epochs)]
-    return [[float(p) for p in tx.probabilities(step)] for step in middles]
+    return [[float(p) for p in reader.sampler.probabilities(step)] for step in middles]

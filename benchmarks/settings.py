@@ -106,15 +106,16 @@ class Settings:
     adamw_learning_rate: float = 0.01
     """Of AdamW."""
     scion_learning_rate: float = 0.02
-    """Of unconstrained Scion. The radii, of Scion and Gluon alike, are dm.SCION_CNN_RADII."""
+    """Of unconstrained Scion. The radii, of Scion and Gluon alike, are
+    dm.optimizers.SCION_CNN_RADII."""
     drop_scion_learning_rate: float | None = None
     """Of Drop-Scion, unconstrained too; by default Scion's."""
     scion_constrained_learning_rate: float = 0.01
-    """Of constrained Scion, at most 1. It starts from dm.scion_init, inside its ball, and so not
-    where the others start."""
+    """Of constrained Scion, at most 1. It starts from dm.optimizers.scion_init, inside its ball,
+    and so not where the others start."""
     gluon_learning_rate: float = 0.03
-    """Of Gluon, in its first step: it follows Gluon's own schedules, dm.gluon_radius and
-    dm.gluon_decay, and does not fall to 0."""
+    """Of Gluon, in its first step: it follows Gluon's own schedules, dm.schedules.gluon_radius and
+    dm.schedules.gluon_decay, and does not fall to 0."""
     drop_gluon_learning_rate: float | None = None
     """Of Drop-Gluon; by default Gluon's."""
     mvr_learning_rate: float | None = None

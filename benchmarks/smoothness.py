@@ -14,6 +14,7 @@ import dropmuon_jax as dm
 from images import load_images
 from records import environment, to_json
 from smoothness_study.comparison import compare, num_runs
+from smoothness_study.plot import plot_smoothness
 from smoothness_study.report import print_tables, record, sweep_figure
 from smoothness_study.settings import Settings, check_settings
 from smoothness_study.training import GRADIENTS, SampleKind, Samples, Study
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.update(task, description=f"{gradients}, measured")
             samples |= study.measure(gradients)
             progress.advance(task)
-        fits: dict[SampleKind, dm.SmoothnessFit] = {
-            kind: dm.fit_smoothness(of_kind, hinge=settings.hinge)
+        fits: dict[SampleKind, dm.planning.SmoothnessFit] = {
+            kind: dm.planning.fit_smoothness(of_kind, hinge=settings.hinge)
             for kind, of_kind in samples.items()
         }
         sweeps = compare(
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     (settings.output_dir / "smoothness.json").write_text(text, encoding="utf-8")
     figures = {
-        f"smoothness_{kind.replace(' ', '_')}": dm.plot_smoothness(samples[kind], fits[kind])
+        f"smoothness_{kind.replace(' ', '_')}": plot_smoothness(samples[kind], fits[kind])
         for kind in samples
     }
     figures["step_sizes"] = sweep_figure(sweeps)

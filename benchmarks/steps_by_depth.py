@@ -150,7 +150,7 @@ def init_params(subject: Subject) -> Any:
 def step_of_package(subject: Subject, depth: int) -> Step:
     """The step that a user of this package writes."""
     params, layers = init_params(subject), subject.layers()
-    tx = dm.drop_muon(LEARNING_RATE, layers, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(LEARNING_RATE, layers)
     mask = layers.mask(depth)
 
     def loss_fn(params, batch):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -80,19 +82,35 @@ def compile_programs(subject: Subject, depth: int) -> dict[str, Program]:
     def loss_fn(params, batch):
         return subject.loss(params, batch, depth)
 
-    def pair(stacked: bool) -> Callable[..., Any]:
-        gradients = dm.masked_value_and_grad_pair(loss_fn, stacked=stacked)
-        return lambda now, old, batch: gradients(now, old, batch, layer_mask=mask)
-
     def one(now, batch):
         return dm.masked_value_and_grad(loss_fn)(now, batch, layer_mask=mask)
+
+    def in_turn(now, old, batch):
+        gradients = dm.masked_value_and_grad_pair(loss_fn)
+        return gradients(now, old, batch, layer_mask=mask)
+
+    def stacked(now, old, batch):
+        both = jax.tree.map(_both_points, mask, now, old)
+        axes = jax.tree.map(lambda flag: 0 if np.any(flag) else None, mask)
+        values, grads = jax.vmap(lambda at: one(at, batch), in_axes=(axes,))(both)
+        first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], grads) for i in (0, 1))
+        return values[0], (first, second)
 
     both = (params, prev_params, subject.batch)
     return {
         "one": _compile(one, params, subject.batch),
-        "in turn": _compile(pair(stacked=False), *both),
-        "stacked": _compile(pair(stacked=True), *both),
+        "in turn": _compile(in_turn, *both),
+        "stacked": _compile(stacked, *both),
     }
+
+
+def _both_points(flag: Any, now: jax.Array, old: jax.Array) -> jax.Array:
+    """An active leaf, or one with active rows, now and before, stacked; another as it is now."""
+    if not np.any(flag):
+        return now
+    if np.ndim(flag):
+        old = jnp.where(np.reshape(flag, (-1, *[1] * (now.ndim - 1))), old, now)
+    return jnp.stack([now, old])
 
 
 def _compile(function: Callable[..., Any], *arguments: Any) -> Program:

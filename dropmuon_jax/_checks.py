@@ -5,16 +5,20 @@ Hyper-parameters are checked only when they are Python numbers: an array may be 
 """
 
 import difflib
+import functools
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_python_number(value: Any) -> bool:
@@ -113,9 +117,16 @@ def check_transformation(name: str, value: Any) -> None:
     if not isinstance(value, optax.GradientTransformation):
         called = ""
         if hasattr(value, "gradient_transformation"):  # optax.MultiSteps
-            called = " Give its gradient_transformation()."
+            # Its gradient_transformation() takes no extra arguments, and so loses the layer mask.
+            called = (
+                " Give optax.GradientTransformationExtraArgs(steps.init, steps.update) of your "
+                f"{type(value).__name__} `steps`."
+            )
         elif callable(value):
-            called = " If it makes one, call it; a function of matrices goes into dm.spectral_lmo."
+            called = (
+                " If it makes one, call it; a function that orthogonalizes matrices goes into "
+                "dm.norms.spectral_norm(orthogonalize=…)."
+            )
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {describe(value)}.{called}"
         )
@@ -144,13 +155,76 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 
 def check_extra_args(extra_args: Mapping[str, Any]) -> None:
-    """Error for an extra argument of `update` that stands where `layer_mask` is missing.
+    """Error for an extra argument of `update` whose name is a slip for `layer_mask`.
 
-    Optax hands every extra argument to every link of a chain, so unknown names must be let
-    through; `layer_masks=` would then silently mean "all layers active".
+    Optax hands every extra argument to every link of a chain, so other unknown names are let
+    through; `layer_masks=` would silently mean "all layers active".
     """
     for name in extra_args:
-        if difflib.get_close_matches(name.lower(), ("layer_mask", "mask"), n=1, cutoff=0.75):
+        if difflib.get_close_matches(name.lower(), ("layer_mask",), n=1, cutoff=0.75):
             raise TypeError(
                 f"update() got an unknown extra argument {name!r}. Did you mean 'layer_mask'?"
             )
+
+
+def check_parameters(tree: Any, argument: str = "params") -> None:
+    """Error for a leaf that is no trainable floating-point array, with what was probably given."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None:
+        nodes = jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda node: isinstance(node, nnx.Module | nnx.Variable)
+        )
+        for path, node in nodes:
+            if isinstance(node, nnx.Module):
+                raise TypeError(
+                    f"{argument} holds the nnx.Module {type(node).__name__}, whose statistics, "
+                    "keys and counts are no parameters: give nnx.state(module, nnx.Param)."
+                )
+            if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
+                at = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise TypeError(
+                    f"{argument}: '{at}' is an nnx.{type(node).__name__}, no parameter. Give the "
+                    "parameters alone, such as nnx.state(module, nnx.Param)."
+                )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            continue
+        if callable(leaf):
+            cure = (
+                "Of an Equinox model give the arrays alone: eqx.filter(model, eqx.is_inexact_array)"
+            )
+        elif isinstance(leaf, float):
+            cure = f"Make it an array, jnp.asarray({leaf})"
+        elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+            cure = "Split it into its real and imaginary part, each a leaf of its own"
+        else:
+            cure = (
+                "Statistics, keys, counts and tables of integers are not trained: keep them beside "
+                "the parameters (of NNX give nnx.state(module, nnx.Param), of Equinox "
+                "eqx.filter(model, eqx.is_inexact_array))"
+            )
+        kind = describe(leaf) if dtype is None else f"an array of {dtype}"
+        at = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise TypeError(
+            f"{argument} must be trainable floating-point arrays, and leaf '{at}' is {kind}. "
+            f"{cure}."
+        )
+
+
+def names_counterparts(counterparts: Mapping[str, str]) -> Callable[[Function], Function]:
+    """Lets a function refuse the arguments of its peers by naming what says the same here."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in counterparts:
+                    raise TypeError(
+                        f"{function.__name__}() has no argument {name!r}: say {counterparts[name]}."
+                    )
+            return function(*args, **kwargs)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate

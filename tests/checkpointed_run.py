@@ -38,7 +38,8 @@ def loss_fn(params, x, y):
 def run(start: int, stop: int, directory: Path, saves: tuple[int, ...] = ()) -> list[int]:
     params = init_params()
     layers = dm.layers_by_path(params, ["stem", "mid", "head"])
-    tx = dm.drop_muon(optax.linear_schedule(0.1, 0.0, 20), layers, dm.epoch_shift_depth(20), seed=9)
+    sampler = dm.DepthSampler(layers, dm.epoch_shift_depth(20), seed=9)
+    tx = dm.drop_muon(optax.linear_schedule(0.1, 0.0, 20), layers)
     state = tx.init(params)
     checkpointer = ocp.StandardCheckpointer()
     if start:
@@ -58,12 +59,12 @@ def run(start: int, stop: int, directory: Path, saves: tuple[int, ...] = ()) -> 
 
     depths = []
     # The step to resume from is in the state itself.
-    for step in range(int(optax.tree.get(state, "LayerMaskSamplerState").count), stop):
+    for step in range(int(optax.tree.get(state, "MomentumState").count), stop):
         if step in saves:
             save(step)
         x_key, y_key = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
         x, y = jax.random.normal(x_key, (5, 6, 6, 1)), jax.random.normal(y_key, (5, 3))
-        depths.append(tx.depth(step))
+        depths.append(sampler.depth(step))
         params, state = train_step(params, state, x, y, depth=depths[-1])
     save(stop)
     return depths

@@ -1,13 +1,11 @@
-"""The algorithms in float64 NumPy, one layer at a time, importing nothing of ours."""
+"""The algorithms of other papers in float64 NumPy, one layer at a time.
+
+Drop-Muon's own is `dropmuon_jax.algorithm`, which is NumPy too; nothing else of ours is imported.
+"""
 
 import numpy as np
 
-
-def polar_factor(matrix):
-    """UVᵀ of a matrix UΣVᵀ, by SVD."""
-    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    return u @ vt
-
+from dropmuon_jax.algorithm import polar_factor
 
 # As published: Muon (Jordan et al., 2024), Dion (You, 2025), Polar Express (Amsel et al., 2025),
 # Turbo-Muon (Boissin et al., 2025).
@@ -64,32 +62,6 @@ def polynomial_polar_factor(matrix, rows, start="frobenius"):
     for a, b, c in rows:
         x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
     return x
-
-
-class DropMuon:
-    """Algorithm 1 of Drop-Muon (arXiv:2510.02239) for matrices, in its LMO form.
-
-    Convolution kernels (h, w, in, out) are matrices (h·w·in, out). The radius of a matrix is the
-    learning rate times Muon's max(1, √(fan-out/fan-in)).
-    """
-
-    def __init__(self, params, learning_rate, decay, direction=polar_factor):
-        self.params = {name: np.asarray(x, np.float64) for name, x in params.items()}
-        self.momentum = {name: np.zeros_like(x) for name, x in self.params.items()}
-        self.learning_rate = learning_rate
-        self.decay = decay
-        self.direction = direction
-
-    def step(self, grads, active):
-        """One step with the layers named in `active`."""
-        for name in active:
-            gradient = np.asarray(grads[name], np.float64)
-            self.momentum[name] = self.decay * self.momentum[name] + (1 - self.decay) * gradient
-            matrix = self.momentum[name].reshape(-1, gradient.shape[-1])
-            fan_in, fan_out = matrix.shape
-            radius = self.learning_rate * max(1, np.sqrt(fan_out / fan_in))
-            step = radius * self.direction(matrix)
-            self.params[name] = self.params[name] - step.reshape(gradient.shape)
 
 
 def pytorch_layout(kernel):
@@ -169,17 +141,17 @@ def mvr_average(variant, g, g_prev, m, estimator, *, decay, q):
 class DropMVR:
     """Steps of radius lr · UVᵀ(M) of the layers that are drawn, with M by MVR.
 
-    A layer's previous parameters are those before its own last step; `on_waking` says what becomes
-    of M and G after k - j > 1 steps.
+    A layer's previous parameters are those before its own last step; `on_reactivate` says what
+    becomes of M and G after k - j > 1 steps.
     """
 
-    def __init__(self, params, variant, *, on_waking, start):
+    def __init__(self, params, variant, *, on_reactivate, start):
         self.params = {name: np.asarray(x, np.float64) for name, x in params.items()}
         self.before = dict(self.params)
         self.last_step = dict.fromkeys(params, None)
         self.averages = {name: (np.zeros_like(x),) * 2 for name, x in self.params.items()}
         self.variant = variant
-        self.on_waking = on_waking
+        self.on_reactivate = on_reactivate
         self.start = start
 
     def step(self, k, active, gradient, *, lr, decay, q):
@@ -190,14 +162,15 @@ class DropMVR:
         for name in active:
             past, m_and_g = (decay, q), self.averages[name]
             other = g_prev[name]
-            slept = k - self.last_step[name] > 1 if self.last_step[name] is not None else False
-            if self.on_waking == "decay" and slept:
+            last_step = self.last_step[name]
+            was_inactive = last_step is not None and k - last_step > 1
+            if self.on_reactivate == "decay" and was_inactive:
                 power = k - self.last_step[name]
                 past = decay**power, 1 - (1 - q) ** power
             if self.last_step[name] is None and self.start == "zero":
                 other = g[name]
             restart = self.last_step[name] is None and self.start == "gradient"
-            if restart or (slept and self.on_waking == "restart"):
+            if restart or (was_inactive and self.on_reactivate == "restart"):
                 self.averages[name] = g[name], g[name]
             else:
                 self.averages[name] = mvr_average(

@@ -1,4 +1,4 @@
-"""Trajectories against the float64 transcription of Algorithm 1, and Muon as a special case."""
+"""Trajectories against Algorithm 1 in float64, `dropmuon_jax.algorithm`; Muon as a special case."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 
 import dropmuon_jax as dm
 import reference
+from dropmuon_jax.algorithm import polar_factor
 
 # Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -57,8 +58,48 @@ def make_step(tx, layers):
     return step
 
 
-def max_difference(params, reference_params):
-    return max(np.max(np.abs(np.asarray(params[n]) - reference_params[n])) for n in NAMES)
+def as_matrix(kernel):
+    """A kernel (*window, in, out) as the matrix (window · in, out), in float64."""
+    return np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1])
+
+
+def algorithm_1(params, gradients, active, decay, factor=polar_factor):
+    """The layers before each step, and after the last: Muon's radius and steps along `factor`.
+
+    `gradients` is a function of a tree like `params` and the number of the step.
+    """
+    before = []
+
+    def direction(matrix):
+        fan_in, fan_out = matrix.shape
+        return max(1, np.sqrt(fan_out / fan_in)) * factor(matrix)
+
+    def of_matrices(x, step):
+        before.append(list(x))
+        tree = {n: jnp.asarray(m).reshape(params[n].shape) for n, m in zip(NAMES, x, strict=True)}
+        grads = gradients(tree, step)
+        return [as_matrix(grads[name]) for name in NAMES]
+
+    last = dm.algorithm.drop_muon(
+        [as_matrix(params[name]) for name in NAMES],
+        of_matrices,
+        [np.flatnonzero(of_step) for of_step in active],
+        radius=LEARNING_RATE,
+        decay=decay,
+        direction=direction,
+    )
+    return [*before, last]
+
+
+def assert_ten_steps_equal_algorithm_1(params, tx, sampler, factor=polar_factor):
+    batch = list(batches(10, jnp.float64))
+    active = [sampler.active(k) for k in range(10)]
+    theirs = algorithm_1(params, lambda x, k: gradient(x, batch[k]), active, DECAY, factor)
+    state, step = tx.init(params), make_step(tx, sampler.layers)
+    for k in range(10):
+        params, state = step(params, state, batch[k], active[k])
+        for name, matrix in zip(NAMES, theirs[k + 1], strict=True):
+            assert np.max(np.abs(as_matrix(params[name]) - matrix)) < 1e-9
 
 
 DISTRIBUTIONS = {
@@ -66,8 +107,8 @@ DISTRIBUTIONS = {
     "uniform": dm.uniform_depth(),
     "fixed": dm.fixed_depth([0.2, 0.3, 0.5]),
     "epoch_shift": dm.epoch_shift_depth(num_steps=10),
-    "independent": dm.independent_layers([0.3, 0.6, 0.8]),
-    "pairs": dm.fixed_size_subsets(2),
+    "independent": dm.sampling.independent_layers([0.3, 0.6, 0.8]),
+    "pairs": dm.sampling.fixed_size_subsets(2),
 }
 
 
@@ -76,79 +117,59 @@ def test_ten_steps_with_an_exact_lmo_equal_algorithm_1(name):
     with jax.enable_x64(True):
         params = make_params(jnp.float64)
         layers = dm.layers_by_path(params, NAMES)
+        sampler = dm.DepthSampler(layers, DISTRIBUTIONS[name], seed=3)
         tx = dm.drop_muon(
             LEARNING_RATE,
             layers,
-            DISTRIBUTIONS[name],
-            seed=3,
-            momentum=dm.momentum(DECAY),
-            lmo=dm.svd_lmo(shape_factor="muon"),
+            momentum=DECAY,
+            orthogonalize=dm.orthogonalize.svd_polar_factor,
         )
-        state, step = tx.init(params), make_step(tx, layers)
-        ours = params
-        theirs = reference.DropMuon(params, LEARNING_RATE, DECAY)
-        for k, batch in enumerate(batches(10, jnp.float64)):
-            active = tx.active(k)
-            grads = gradient(theirs.params, batch)
-            theirs.step(grads, [n for n, on in zip(NAMES, active, strict=True) if on])
-            ours, state = step(ours, state, batch, active)
-            assert max_difference(ours, theirs.params) < 1e-9
+        assert_ten_steps_equal_algorithm_1(params, tx, sampler)
 
 
 @pytest.mark.parametrize("coefficients", reference.COEFFICIENTS)
 def test_ten_steps_with_the_iteration_equal_its_own_polynomials(coefficients):
+    steps, start = reference.published_rows(coefficients), reference.COEFFICIENTS[coefficients][1]
     with jax.enable_x64(True):
         params = make_params(jnp.float64)
         layers = dm.layers_by_path(params, NAMES)
+        sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=5)
         tx = dm.drop_muon(
             LEARNING_RATE,
             layers,
-            dm.uniform_depth(),
-            seed=5,
-            momentum=dm.momentum(DECAY),
-            lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients=coefficients),
+            momentum=DECAY,
+            orthogonalize=dm.orthogonalize.newton_schulz(coefficients),
         )
-        state, step = tx.init(params), make_step(tx, layers)
-        rows, start = (
-            reference.published_rows(coefficients),
-            reference.COEFFICIENTS[coefficients][1],
+        assert_ten_steps_equal_algorithm_1(
+            params, tx, sampler, lambda m: reference.polynomial_polar_factor(m, steps, start)
         )
-        theirs = reference.DropMuon(
-            params,
-            LEARNING_RATE,
-            DECAY,
-            lambda m: reference.polynomial_polar_factor(m, rows, start),
-        )
-        ours = params
-        for k, batch in enumerate(batches(10, jnp.float64)):
-            grads = gradient(theirs.params, batch)
-            theirs.step(grads, NAMES[tx.depth(k) :])
-            ours, state = step(ours, state, batch, tx.active(k))
-            assert max_difference(ours, theirs.params) < 1e-9
 
 
 def test_ten_float32_steps_are_each_within_the_stated_band_of_algorithm_1():
     params = make_params()
     layers = dm.layers_by_path(params, NAMES)
-    tx = dm.drop_muon(LEARNING_RATE, layers, dm.uniform_depth(), seed=0)
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(LEARNING_RATE, layers)
     step, state = make_step(tx, layers), tx.init(params)
-    theirs = reference.DropMuon(params, LEARNING_RATE, 0.9)
+    ours, grads, active = [params], [], [sampler.active(k) for k in range(10)]
     for k, batch in enumerate(batches(10, jnp.float32)):
-        # From where we are: the band is that of a step, and steps add up.
-        before = {name: np.asarray(x, np.float64) for name, x in params.items()}
-        grads = gradient(params, batch)
-        theirs.params = dict(before)
-        theirs.step(grads, NAMES[tx.depth(k) :])
-        params, state = step(params, state, batch, tx.active(k))
-        for name in NAMES[tx.depth(k) :]:
-            cols = params[name].shape[-1]
-            exact_step = (theirs.params[name] - before[name]).reshape(-1, cols)
-            difference = (np.asarray(params[name], np.float64) - theirs.params[name]).reshape(
-                -1, cols
-            )
+        grads.append(gradient(params, batch))
+        params, state = step(params, state, batch, active[k])
+        ours.append(params)
+    # At our parameters: the band is that of a step, and steps add up.
+    theirs = algorithm_1(ours[0], lambda _, k: grads[k], active, 0.9)
+    num_steps = 0
+    for k in range(10):
+        for i, name in enumerate(NAMES):
+            if not active[k][i]:
+                continue
+            exact_step = theirs[k + 1][i] - theirs[k][i]
+            our_step = as_matrix(ours[k + 1][name]) - as_matrix(ours[k][name])
             # The band [0.84, 1.13] of singular values in [1e-3, 1], where these are.
             radius = np.linalg.norm(exact_step, 2)
-            assert np.linalg.norm(difference, 2) / radius < 0.16 + 1e-3
+            assert np.linalg.norm(our_step - exact_step, 2) / radius < 0.16 + 1e-3
+            num_steps += 1
+    assert num_steps > 10
 
 
 def test_with_full_sampling_drop_muon_equals_muon():
@@ -156,7 +177,8 @@ def test_with_full_sampling_drop_muon_equals_muon():
     layers = dm.layers_by_path(params, ["stem", "mid", ("head", "bias")])
     options = {"weight_decay": 0.1, "momentum": dm.momentum(0.9, nesterov=True)}
     schedule = optax.linear_schedule(0.1, 0.0, 10)
-    drop = dm.drop_muon(schedule, layers, dm.full_depth(), seed=0, **options)
+    sampler = dm.DepthSampler(layers, dm.full_depth(), seed=0)
+    drop = dm.drop_muon(schedule, layers, **options)
     full = dm.muon(schedule, **options)
     drop_params = full_params = params
     drop_state, full_state = drop.init(params), full.init(params)
@@ -165,7 +187,7 @@ def test_with_full_sampling_drop_muon_equals_muon():
     rng = np.random.default_rng(4)
     for k in range(5):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
-        assert drop.depth(k) == 0
+        assert sampler.depth(k) == 0
         updates, drop_state = drop_update(grads, drop_state, drop_params)
         drop_params = optax.apply_updates(drop_params, updates)
         updates, full_state = full_update(grads, full_state, full_params)
@@ -183,7 +205,7 @@ def test_with_its_settings_our_muon_steps_like_optax_muon(nesterov):
     ours = dm.muon(
         0.1,
         momentum=dm.momentum(0.9, nesterov=nesterov),
-        lmo=dm.newton_schulz_lmo(shape_factor="muon", coefficients="muon"),
+        orthogonalize=dm.orthogonalize.newton_schulz("muon"),
     )
     theirs = optax.contrib.muon(0.1, beta=0.9, nesterov=nesterov)
     our_state, their_state = ours.init(params), theirs.init(params)

@@ -151,10 +151,11 @@ def test_there_is_one_compilation_for_each_depth_and_none_after():
     chex.clear_trace_counter()
     params = make_params()
     layers = make_layers(params)
-    tx = dm.drop_muon(0.02, layers, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(0.02, layers)
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
     step, state, drawn = make_step(tx, layers), tx.init(params), set()
     for k in range(60):
-        depth = tx.depth(k)
+        depth = sampler.depth(k)
         drawn.add(depth)
         params, state, _ = step(params, state, X, depth=depth)
         assert step._cache_size() == len(drawn)
@@ -164,22 +165,22 @@ def test_there_is_one_compilation_for_each_depth_and_none_after():
 def test_a_run_on_the_device_repeats_the_run_from_the_host():
     params = make_params()
     layers = make_layers(params)
-    tx = dm.drop_muon(0.02, layers, dm.uniform_depth(), seed=4)
+    tx = dm.drop_muon(0.02, layers)
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=4)
 
     def step(params, state, layer_mask):
         loss, grads = dm.masked_value_and_grad(loss_fn)(params, X, layer_mask=layer_mask)
         updates, state = tx.update(grads, state, params, layer_mask=layer_mask)
         return (optax.apply_updates(params, updates), state), loss
 
-    switched = dm.switch_depth(step, tx)
+    switched = dm.switch_depth(step, sampler)
 
     @jax.jit
     def run(params, state):
-        def body(carry, _):
-            count = optax.tree.get(carry[1], "LayerMaskSamplerState").count
-            return switched(tx.sample(count), *carry)
+        def body(carry, count):
+            return switched(sampler.sample(count), *carry)
 
-        return jax.lax.scan(body, (params, state), length=12)
+        return jax.lax.scan(body, (params, state), jnp.arange(12))
 
     (device_params, _), device_losses = run(params, tx.init(params))
     carry, host_losses = (params, tx.init(params)), []
@@ -188,7 +189,7 @@ def test_a_run_on_the_device_repeats_the_run_from_the_host():
         static_argnames="active",
     )
     for k in range(12):
-        carry, loss = on_host(*carry, active=tx.active(k))
+        carry, loss = on_host(*carry, active=sampler.active(k))
         host_losses.append(loss)
     np.testing.assert_allclose(device_losses, jnp.stack(host_losses), rtol=1e-5)
     chex.assert_trees_all_close(device_params, carry[0], rtol=1e-5, atol=1e-6)
@@ -197,7 +198,7 @@ def test_a_run_on_the_device_repeats_the_run_from_the_host():
 def test_switch_depth_has_a_branch_for_each_subset():
     params = make_params()
     layers = make_layers(params)
-    sampler = dm.layer_mask_sampler(layers, dm.fixed_size_subsets(2), seed=0)
+    sampler = dm.DepthSampler(layers, dm.sampling.fixed_size_subsets(2), seed=0)
     seen = []
     switched = dm.switch_depth(lambda layer_mask: seen.append(tuple(layer_mask)) or 0.0, sampler)
     jax.make_jaxpr(switched)(jnp.int32(0))

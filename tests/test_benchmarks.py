@@ -167,7 +167,7 @@ def test_every_method_gets_the_same_parameters_and_batches(tiny_race):
 
 def test_constrained_scion_starts_on_the_boundary_of_its_balls(tiny_race):
     params = tiny_race.start("scion_constrained", 5).params
-    spectral, sign = dm.spectral_norm("scion"), dm.sign_norm()
+    spectral, sign = dm.norms.spectral_norm("scion"), dm.norms.sign_norm()
     for layer in ("Conv_0", "Conv_1"):
         assert spectral.norm(params[layer]["kernel"]) == pytest.approx(8, rel=1e-4)
     assert sign.norm(params["Dense_0"]["kernel"]) == pytest.approx(128, rel=1e-4)

@@ -31,7 +31,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     (tmp_path / "whole" / "5").rename(tmp_path / "parts" / "5")
     later_depths = run_in_a_process(5, 12, tmp_path / "parts")
     assert later_depths == whole_depths[5:]
-    assert len(set(whole_depths)) == 3  # every depth occurs, so frozen layers wake again
+    assert len(set(whole_depths)) == 3  # every depth occurs, so frozen layers are reactivated
 
     restore = ocp.StandardCheckpointer().restore
     whole, parts = restore(tmp_path / "whole" / "12"), restore(tmp_path / "parts" / "12")

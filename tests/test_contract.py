@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dropmuon_jax as dm
+from dropmuon_jax.layers import trees
 
 # Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,10 +51,11 @@ MATRIX_LAYERS = dm.layers_by_path(random_tree(0, biases=False), NAMES)
 
 # Two steps of the iteration instead of five: the contract does not ask for accuracy, and compiling
 # is most of its time.
+KERNEL = dm.orthogonalize.newton_schulz(num_steps=2)
 LMO = dm.newton_schulz_lmo(0.3, shape_factor="muon", num_steps=2)
-
-
-RADII = {"head": 2.0, "bias": 0.5}  # of Scion and Gluon; hidden matrices have the LMO above
+RADII = {"hidden": 0.3, "head": 2.0, "bias": 0.5}  # of Scion and Gluon
+NORMS = {"hidden": dm.norms.spectral_norm("scion", orthogonalize=KERNEL)}
+ADAPTIVE = dm.DepthSampler(LAYERS, dm.time_aware_depth([3.0, 2.0, 1.0]), seed=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +103,24 @@ CASES = {
     "momentum": Case(lambda: dm.momentum(0.8)),
     "momentum_nesterov": Case(lambda: dm.momentum(0.8, nesterov=True)),
     "momentum_bfloat16": Case(lambda: dm.momentum(0.8, dtype=jnp.bfloat16)),
-    "momentum_scheduled": Case(lambda: dm.momentum(dm.gluon_decay())),
+    "momentum_scheduled": Case(lambda: dm.momentum(dm.schedules.gluon_decay())),
     "mvr_momentum": Case(lambda: dm.mvr_momentum(0.8, variant=3), takes_two_gradients=True),
-    "mars_momentum": Case(lambda: dm.mars_momentum(0.8)),
-    "keep_prev_params": Case(dm.keep_prev_params),
+    "mars_momentum": Case(lambda: dm.transforms.mars_momentum(0.8)),
+    "keep_prev_params": Case(dm.transforms.keep_prev_params),
     "newton_schulz_lmo": Case(lambda: LMO, biases=False, has_memory=False),
-    "newton_schulz_sharp": Case(
-        lambda: dm.newton_schulz_sharp(0.3, num_steps=2), biases=False, has_memory=False
+    "norm_sharp": Case(
+        lambda: dm.transforms.norm_sharp(dm.norms.spectral_norm(orthogonalize=KERNEL), 0.3),
+        biases=False,
+        has_memory=False,
     ),
-    "sign_lmo_scheduled": Case(lambda: dm.sign_lmo(schedule), has_memory=False),
-    "rms_lmo_by_path": Case(
-        lambda: dm.rms_lmo({"stem": dm.adaptive_radius(2.0, 0.5), "mid": 0.3, "head": 1.0}),
+    "norm_lmo_scheduled": Case(
+        lambda: dm.norm_lmo(dm.norms.sign_norm(), schedule), has_memory=False
+    ),
+    "norm_lmo_by_path": Case(
+        lambda: dm.norm_lmo(
+            dm.norms.rms_norm(),
+            {"stem": dm.schedules.adaptive_radius(2.0, 0.5), "mid": 0.3, "head": 1.0},
+        ),
         has_memory=False,
     ),
     "layer_mask_sampler": Case(
@@ -137,29 +146,31 @@ CASES = {
         lambda: dm.drop_muon(
             0.1,
             LAYERS,
-            dm.uniform_depth(),
-            seed=1,
             momentum=dm.momentum(0.8, nesterov=True),
-            lmo=LMO,
+            orthogonalize=KERNEL,
             weight_decay=0.2,
         ),
         promotes=True,
         descends=True,
     ),
     "muon": Case(
-        lambda: dm.muon(0.1, lmo=LMO, weight_decay=0.2),
+        lambda: dm.muon(0.1, orthogonalize=KERNEL, weight_decay=0.2),
         takes_mask=False,
         promotes=True,
         descends=True,
     ),
     "drop_scion": Case(
-        lambda: dm.drop_scion(0.1, LAYERS, dm.uniform_depth(), RADII, seed=1, lmos={"hidden": LMO}),
-        promotes=True,
-        descends=True,
+        lambda: dm.drop_scion(0.1, LAYERS, RADII, norms=NORMS), promotes=True, descends=True
     ),
     "gluon": Case(
-        lambda: dm.gluon(dm.gluon_radius(0.1), RADII, lmos={"hidden": LMO}),
+        lambda: dm.gluon(dm.schedules.gluon_radius(0.1), RADII, norms=NORMS),
         takes_mask=False,
+        descends=True,
+    ),
+    "record_gains": Case(
+        lambda: dm.record_gains(
+            optax.chain(dm.momentum(0.8), optax.scale_by_learning_rate(0.1)), ADAPTIVE
+        ),
         descends=True,
     ),
 }
@@ -289,13 +300,7 @@ def test_vmap_over_seeds_equals_a_loop(case):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], vmapped), run(params, grads))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(dm.layer_mask_sampler, id="layer_mask_sampler"),
-        pytest.param(functools.partial(dm.drop_muon, 0.1), id="drop_muon"),
-    ],
-)
+@pytest.mark.parametrize("make", [dm.layer_mask_sampler, dm.DepthSampler])
 def test_vmap_over_the_seed_of_the_draws_equals_a_loop(make):
     def draws(seed):
         sampler = make(LAYERS, dm.uniform_depth(), seed=seed)
@@ -314,6 +319,7 @@ DTYPES = {
     "f32": (jnp.float32, jnp.float32),
     "bf16_gradients": (jnp.float32, jnp.bfloat16),
     "bf16": (jnp.bfloat16, jnp.bfloat16),
+    "bf16_parameters": (jnp.bfloat16, jnp.float32),
 }
 
 
@@ -358,6 +364,21 @@ def test_the_state_keeps_structure_shapes_and_dtypes(case, dtypes):
         _, before, after = traced_update(case, dtypes, active)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         assert shapes_and_dtypes(after) == shapes_and_dtypes(before)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_per_layer_keeps_the_dtypes_of_a_state_that_its_inner_would_change(stacked):
+    params = {"blocks": jnp.ones((3, 2))}
+    layers = dm.layers_by_path(params, [dm.stacked("blocks") if stacked else "blocks"])
+    inner = optax.GradientTransformation(
+        lambda params: jnp.float32(0),
+        lambda updates, state, params=None: (updates, (state + 1).astype(jnp.bfloat16)),
+    )
+    tx = dm.per_layer(inner, layers)
+    state = tx.init(params)
+    _, new_state = jax.jit(tx.update)(params, state)
+    assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+    assert (np.asarray(new_state.inner_states[0]) == 1).all()
 
 
 # --- Inactive layers ------------------------------------------------------------------------------
@@ -577,7 +598,6 @@ def schedule(count):
     return 0.1 / (1.0 + count)
 
 
-DRAWS = {"layers": LAYERS, "depth_distribution": dm.uniform_depth()}
 INJECTED = {
     "momentum": (CASES["momentum"], dm.momentum, {"decay": 0.8}, ()),
     "momentum_static_dtype": (
@@ -593,7 +613,12 @@ INJECTED = {
         {"decay": schedule, "variant": 2, "q": 0.3},
         ("variant",),
     ),
-    "mars_momentum": (CASES["mars_momentum"], dm.mars_momentum, {"decay": 0.8, "gamma": 0.1}, ()),
+    "mars_momentum": (
+        CASES["mars_momentum"],
+        dm.transforms.mars_momentum,
+        {"decay": 0.8, "gamma": 0.1},
+        (),
+    ),
     "newton_schulz_lmo": (
         CASES["newton_schulz_lmo"],
         dm.newton_schulz_lmo,
@@ -606,40 +631,52 @@ INJECTED = {
         {"radius": 0.3, "num_steps": 3},
         ("num_steps",),
     ),
-    "newton_schulz_sharp_static_num_steps": (
-        CASES["newton_schulz_sharp"],
-        dm.newton_schulz_sharp,
-        {"step_size": schedule, "num_steps": 2},
-        ("num_steps",),
+    "norm_sharp": (
+        CASES["norm_sharp"],
+        dm.transforms.norm_sharp,
+        {"step_size": schedule, "norm": dm.norms.spectral_norm(orthogonalize=KERNEL)},
+        (),
     ),
-    "sign_lmo": (
-        CASES["sign_lmo_scheduled"],
-        dm.sign_lmo,
-        {"radius": schedule, "normalized": False},
+    "norm_lmo": (
+        CASES["norm_lmo_scheduled"],
+        dm.norm_lmo,
+        {"radius": schedule, "norm": dm.norms.sign_norm(normalized=False)},
         (),
     ),
     "layer_mask_sampler": (
         CASES["layer_mask_sampler"],
         dm.layer_mask_sampler,
-        {**DRAWS, "seed": 1},
-        (),
+        {"layers": LAYERS, "depth_distribution": dm.uniform_depth(), "seed": 1},
+        ("steps_per_draw",),
     ),
     "drop_muon": (
         CASES["drop_muon"],
         dm.drop_muon,
-        {"learning_rate": schedule, **DRAWS, "seed": 1, "lmo": LMO, "weight_decay": 0.2},
+        {"learning_rate": schedule, "layers": LAYERS, "momentum": 0.8, "weight_decay": 0.2},
         (),
     ),
-    "drop_muon_static_seed_and_labels": (
+    # A kernel is callable too.
+    "drop_muon_static_kernel_and_roles": (
         CASES["drop_muon"],
         dm.drop_muon,
-        {"learning_rate": schedule, **DRAWS, "seed": 1, "lmo": LMO, "labels": dm.matrix_labels},
-        ("seed", "labels"),
+        {
+            "learning_rate": schedule,
+            "layers": LAYERS,
+            "orthogonalize": KERNEL,
+            "roles": {"mid/kernel": "embedding"},
+        },
+        ("orthogonalize", "roles"),
     ),
     "muon": (
         CASES["muon"],
         dm.muon,
-        {"learning_rate": schedule, "lmo": LMO, "weight_decay": 0.2},
+        {"learning_rate": schedule, "orthogonalize": KERNEL, "weight_decay": 0.2},
+        ("orthogonalize",),
+    ),
+    "drop_scion": (
+        CASES["drop_scion"],
+        dm.drop_scion,
+        {"learning_rate": schedule, "layers": LAYERS, "radii": RADII, "norms": NORMS},
         (),
     ),
 }
@@ -684,6 +721,13 @@ def test_injected_hyperparameters_work_for_bfloat16_parameters(name):
     assert_close(updates, expected)
 
 
+# Arrays of a state with an entry for each leaf, layer or depth.
+NO_PARAMETERS = (
+    *(".last_step", ".started"),
+    *(".gains", ".num_active_steps", ".probabilities", ".next_probabilities"),
+)
+
+
 @over(CASES)
 def test_map_params_reaches_exactly_the_state_of_the_parameters(case):
     _, _, state = warm(case)
@@ -691,7 +735,7 @@ def test_map_params_reaches_exactly_the_state_of_the_parameters(case):
     mapped = optax.tree.map_params(tx, lambda leaf: jnp.full_like(leaf, 7), state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     for path, leaf in leaves_by_path(mapped).items():
-        if leaf.ndim and not path.endswith((".last_step", ".started")):
+        if leaf.ndim and not path.endswith(NO_PARAMETERS):
             assert (leaf == 7).all(), path
         else:
             assert_same_bits(leaf, leaves_by_path(state)[path])
@@ -714,7 +758,7 @@ def test_a_checkpoint_brings_back_every_bit(case, tmp_path):
 # --- Extra arguments ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("misspelt", ["layer_masks", "layermask", "LayerMask", "mask"])
+@pytest.mark.parametrize("misspelt", ["layer_masks", "layermask", "LayerMask"])
 @over(CASES)
 def test_a_misspelt_extra_argument_is_an_error_that_names_the_right_one(case, misspelt):
     tx, params = case.tx, case.tree(0)
@@ -740,6 +784,26 @@ def test_without_a_mask_every_layer_is_active(case):
     )
 
 
+def link_with_an_argument_called_mask() -> optax.GradientTransformationExtraArgs:
+    """Another library's link of a chain, which multiplies by a tree of its own."""
+
+    def update_fn(updates, state, params=None, *, mask, **extra_args):
+        return jax.tree.map(lambda u, keep: keep * u, updates, mask), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+@over(CASES)
+def test_an_extra_argument_called_mask_is_for_another_link_and_passes(case):
+    params, grads = case.tree(0), case.tree(1)
+    tx = optax.chain(case.tx, link_with_an_argument_called_mask())
+    keep = jax.tree.map(lambda leaf: jnp.asarray(leaf > 0, leaf.dtype), case.tree(5))
+    extra_args = case.mask(SUBSETS["mid_and_head"])
+    updates, _ = tx.update(grads, tx.init(params), params, mask=keep, **extra_args)
+    expected, _ = case.tx.update(grads, case.tx.init(params), params, **extra_args)
+    assert_same_bits(updates, jax.tree.map(jnp.multiply, keep, expected))
+
+
 def test_per_layer_cuts_tree_shaped_extra_arguments_to_the_layer():
     def update_fn(updates, state, params=None, **extra_args):
         del params
@@ -758,12 +822,321 @@ def test_per_layer_cuts_tree_shaped_extra_arguments_to_the_layer():
     assert_same_bits(updates, expected)
 
 
+# --- Ready-made optimizers ------------------------------------------------------------------------
+
+STACKS = {
+    "stem": {"kernel": (6, 5), "bias": (5,)},
+    "blocks": {"kernel": (2, 5, 5), "bias": (2, 5)},
+    "head": {"kernel": (5, 3), "bias": (3,)},
+}
+
+
+def stacked_tree(seed: int, dtype: Any = jnp.float32) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        STACKS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+STACK_LAYERS = dm.layers_by_path(stacked_tree(0), ["stem", dm.stacked("blocks"), "head"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadyMade:
+    """A ready-made optimizer: of all layers, or of the active ones of `layers`."""
+
+    make: Callable[..., Any]
+    layers: dm.Layers | None = None
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        return self.make() if self.layers is None else self.make(self.layers)
+
+    def tree(self, seed: int, dtype: Any = jnp.float32) -> Any:
+        is_stacked = self.layers is not None and bool(self.layers.stacks)
+        make = stacked_tree if is_stacked else functools.partial(random_tree, biases=True)
+        return make(seed, dtype=dtype)
+
+    def extra_args(self, depth: Any) -> dict[str, Any]:
+        return {} if self.layers is None else {"depth": depth}
+
+
+def drop_muon(layers):
+    return dm.drop_muon(0.1, layers, orthogonalize=KERNEL, weight_decay=0.2)
+
+
+def drop_scion(layers):
+    return dm.drop_scion(schedule, layers, RADII, norms=NORMS)
+
+
+def drop_gluon(layers):
+    return dm.drop_gluon(dm.schedules.gluon_radius(0.1), layers, norms=NORMS)
+
+
+DROPPING = {
+    f"{name}{suffix}": ReadyMade(make, layers)
+    for suffix, layers in (("", LAYERS), ("_with_a_stack", STACK_LAYERS))
+    for name, make in (
+        ("drop_muon", drop_muon),
+        ("drop_scion", drop_scion),
+        ("drop_gluon", drop_gluon),
+    )
+}
+READY_MADE = {
+    "muon": ReadyMade(lambda: dm.muon(0.1, orthogonalize=KERNEL, weight_decay=0.2)),
+    "scion": ReadyMade(lambda: dm.scion(schedule, RADII, norms=NORMS)),
+    "gluon": ReadyMade(lambda: dm.gluon(dm.schedules.gluon_radius(0.1), norms=NORMS)),
+    **DROPPING,
+}
+FLOATS = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+
+
+def types(tree: Any) -> Any:
+    """Shape, dtype and whether the type is weak, of arrays or of what `jax.eval_shape` gives."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(leaf.shape, leaf.dtype.name, leaf.weak_type) for leaf in leaves]
+
+
+@over(FLOATS, "grads_dtype")
+@over(FLOATS, "params_dtype")
+@over(READY_MADE, "optimizer")
+def test_a_ready_made_optimizer_keeps_the_types_of_its_state(optimizer, params_dtype, grads_dtype):
+    tx, params, grads = optimizer.tx, optimizer.tree(0, params_dtype), optimizer.tree(1)
+    grads = jax.tree.map(lambda leaf: leaf.astype(grads_dtype), grads)
+    state = jax.eval_shape(tx.init, params)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    for depth in range(1 if optimizer.layers is None else optimizer.layers.num_layers):
+        update = functools.partial(tx.update, **optimizer.extra_args(depth))
+        updates, new_state = jax.eval_shape(update, grads, state, params)
+        assert types(new_state) == types(state)
+        assert types(jax.eval_shape(applied, params, updates)) == types(params)
+
+    # A scan is an error unless its carry keeps its types.
+    def step(carry, grads):
+        updates, state = tx.update(grads, carry[1], carry[0], **optimizer.extra_args(0))
+        return (applied(carry[0], updates), state), None
+
+    steps = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), grads)
+    jax.eval_shape(lambda *carry: jax.lax.scan(step, carry, steps), params, state)
+
+
+@over(READY_MADE, "optimizer")
+def test_weakly_typed_parameters_get_a_state_of_strong_types_that_stay(optimizer):
+    tx, grads = optimizer.tx, optimizer.tree(1)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), grads)
+    assert all(leaf.weak_type for leaf in jax.tree.leaves(params))
+    state = tx.init(params)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    update = functools.partial(tx.update, **optimizer.extra_args(1))
+    for given in (grads, params):
+        _, new_state = jax.eval_shape(update, given, state, params)
+        assert types(new_state) == types(state)
+
+
+@over(READY_MADE, "optimizer")
+def test_a_jitted_step_compiles_once_and_scans_whatever_dtype_the_gradients_have(optimizer):
+    tx, params = optimizer.tx, optimizer.tree(0, jnp.bfloat16)  # gradients are float32
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params, **optimizer.extra_args(1))
+        return applied(params, updates), state
+
+    looped = params, tx.init(params)
+    all_grads = [optimizer.tree(seed) for seed in (1, 2, 3)]
+    for grads in all_grads:
+        looped = step(*looped, grads)
+    assert step._cache_size() == 1
+    scanned, _ = jax.lax.scan(
+        lambda carry, grads: (step(*carry, grads), None),
+        (params, tx.init(params)),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_grads),
+    )
+    assert_close(scanned, looped)
+
+
+def program(update: Callable[..., Any], *args: Any, **static: Any) -> str:
+    """What is compiled: two steps with one text have the same bits."""
+    return jax.jit(functools.partial(update, **static)).lower(*args).as_text()
+
+
+@over(DROPPING, "optimizer")
+def test_a_depth_says_as_much_as_the_mask_that_is_made_of_it(optimizer):
+    tx, layers, params, grads = optimizer.tx, optimizer.layers, optimizer.tree(0), optimizer.tree(1)
+    given = grads, tx.init(params), params
+    programs = []
+    for depth in range(layers.num_layers):
+        programs.append(program(tx.update, *given, depth=depth))
+        assert programs[-1] == program(tx.update, *given, layer_mask=layers.mask(depth))
+    assert len(set(programs)) == layers.num_layers
+    by_depth = jax.jit(lambda *given, depth: tx.update(*given, depth=depth))
+    by_mask = jax.jit(lambda *given, depth: tx.update(*given, layer_mask=layers.mask(depth)))
+    if layers.stacks:
+        depth = jnp.int32(2)
+    else:
+        depth, by_depth, by_mask = 1, by_depth.__wrapped__, by_mask.__wrapped__
+    assert_same_bits(by_depth(*given, depth=depth), by_mask(*given, depth=depth))
+
+
+def test_a_depth_of_the_whole_network_holds_in_a_part_of_it():
+    labels = {"stem": "ours", "mid": "others", "head": "ours"}
+    others = dm.drop_muon(0.3, LAYERS, orthogonalize=KERNEL)
+    tx = dm.chain_subtrees({"ours": drop_muon(LAYERS), "others": others}, labels)
+    params, grads = random_tree(0, biases=True), random_tree(1, biases=True)
+    state = tx.init(params)
+    for depth in DEPTHS:
+        by_mask = tx.update(grads, state, params, layer_mask=LAYERS.mask(depth))
+        assert_same_bits(tx.update(grads, state, params, depth=depth), by_mask)
+
+
+@over(DROPPING, "optimizer")
+def test_an_update_takes_either_a_mask_or_a_depth(optimizer):
+    tx, params = optimizer.tx, optimizer.tree(0)
+    state, mask = tx.init(params), optimizer.layers.mask(1)
+    with pytest.raises(TypeError, match="takes layer_mask or depth, and got both"):
+        tx.update(params, state, params, layer_mask=mask, depth=1)
+    with pytest.raises(
+        TypeError, match=r"missing .* 'layer_mask'.*layers.mask\(depth\), or depth="
+    ):
+        tx.update(params, state, params)
+
+
+@over({name: READY_MADE[name] for name in ("muon", "scion", "gluon")}, "optimizer")
+def test_an_optimizer_of_all_layers_takes_neither_a_mask_nor_a_depth(optimizer):
+    tx, params = optimizer.tx, optimizer.tree(0)
+    for extra_args in ({"depth": 0}, {"layer_mask": LAYERS.mask(0)}):
+        with pytest.raises(TypeError, match="takes no layer_mask or depth; use drop_"):
+            tx.update(params, tx.init(params), params, **extra_args)
+
+
+# --- Draws, which no wrapper can lose -------------------------------------------------------------
+
+
+def multisteps_as_a_transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+    steps = optax.MultiSteps(tx, every_k_schedule=2)
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+
+
+def matmul_loss(params: Any, x: jax.Array) -> jax.Array:
+    for name in NAMES:
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+    return jnp.mean(x**2)
+
+
+WRAPPERS = {
+    "nothing": (lambda tx: tx, 1),
+    "chain": (lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx), 1),
+    "chain_subtrees": (lambda tx: dm.chain_subtrees({"all": tx}, lambda params: "all"), 1),
+    "multisteps": (multisteps_as_a_transformation, 2),
+    "apply_if_finite": (lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=3), 1),
+    "inject_hyperparams": (
+        lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(0.5),
+        1,
+    ),
+}
+
+
+@over(WRAPPERS, "wrapper")
+def test_a_wrapped_optimizer_takes_the_draws_of_the_sampler(wrapper):
+    wrap, steps_per_draw = wrapper
+    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=4, steps_per_draw=steps_per_draw)
+    tx = wrap(dm.drop_muon(0.1, LAYERS, orthogonalize=KERNEL))
+    params = random_tree(0, biases=True)
+    state, step_fn = tx.init(params), dm.train_step(matmul_loss, tx, sampler, donate=False)
+    assert step_fn.sampler is sampler
+    x, depths = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32), []
+    for draw in range(6):
+        before = params
+        for micro_step in range(steps_per_draw):
+            step = draw * steps_per_draw + micro_step
+            params, state, _ = step_fn(step, params, state, x)
+        moved = [bool((params[n]["kernel"] != before[n]["kernel"]).any()) for n in NAMES]
+        depths.append(sampler.depth(step))
+        assert moved == [layer >= depths[-1] for layer in DEPTHS]
+    assert len(set(depths)) == 3
+    plain = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=4)
+    assert depths == [plain.depth(step) for step in range(6)]
+
+
+# --- Masks are validated where they enter ---------------------------------------------------------
+
+
+def stacked_loss(params: Any, x: jax.Array, depth: Any) -> jax.Array:
+    x = jnp.tanh(x @ params["stem"]["kernel"] + params["stem"]["bias"])
+
+    def layer(x, row):
+        return jnp.tanh(x @ row["kernel"] + row["bias"]), None
+
+    depth = STACK_LAYERS.stack_depth(depth)
+    x, _ = dm.scan_layers(layer, x, params["blocks"], depth=depth)
+    return jnp.mean((x @ params["head"]["kernel"] + params["head"]["bias"]) ** 2)
+
+
+def trace_train_step(tx: Any, depth: Any) -> None:
+    params = stacked_tree(0)
+    sampler = dm.DepthSampler(STACK_LAYERS, dm.uniform_depth(), seed=0)
+    step_fn = dm.train_step(stacked_loss, tx, sampler)
+    if isinstance(depth, int):
+        step_fn.trace_depth(depth, params, tx.init(params), jnp.ones((4, 6)))
+    else:  # one program for all of them
+        step_fn.compile(params, tx.init(params), jnp.ones((4, 6)))
+
+
+def trace_hand_written_step(tx: Any, depth: Any) -> None:
+    def step(params, state, x, depth):
+        mask = STACK_LAYERS.mask(depth)
+        loss_and_grad = dm.masked_value_and_grad(stacked_loss)
+        loss, grads = loss_and_grad(params, x, depth, layer_mask=mask)
+        updates, state = tx.update(grads, state, params, layer_mask=mask)
+        return applied(params, updates), state, loss
+
+    params = stacked_tree(0)
+    static = {"static_argnums": 3} if isinstance(depth, int) else {}
+    jax.jit(step, **static).trace(params, tx.init(params), jnp.ones((4, 6)), depth)
+
+
+VALIDATED = {
+    "drop_muon": lambda: drop_muon(STACK_LAYERS),
+    "drop_scion": lambda: drop_scion(STACK_LAYERS),
+    "record_gains": lambda: dm.record_gains(
+        drop_muon(STACK_LAYERS),
+        dm.DepthSampler(STACK_LAYERS, dm.time_aware_depth([4.0, 3.0, 2.0, 1.0]), seed=0),
+    ),
+    "chain_subtrees": lambda: dm.chain_subtrees(
+        {
+            "kernel": dm.per_layer(
+                optax.chain(dm.momentum(), LMO, optax.scale(-0.1)), STACK_LAYERS, takes_mask=True
+            ),
+            "bias": dm.per_layer(optax.adam(0.1), STACK_LAYERS),
+        },
+        {name: {"kernel": "kernel", "bias": "bias"} for name in STACKS},
+    ),
+}
+
+
+@over(VALIDATED, "make")
+@pytest.mark.parametrize("trace", [trace_train_step, trace_hand_written_step])
+@pytest.mark.parametrize("depth", [2, jnp.int32(2)], ids=["static", "traced"])
+def test_a_traced_step_validates_its_mask_twice_at_most(depth, trace, make, monkeypatch):
+    validated = []
+
+    def with_structure(layer_mask, tree):
+        validated.append(jax.tree.structure(tree))
+        return original(layer_mask, tree)
+
+    original = trees._with_structure
+    monkeypatch.setattr(trees, "_with_structure", with_structure)
+    trace(make(), depth)
+    assert 1 <= len(validated) <= 2
+
+
 # --- What counts what -----------------------------------------------------------------------------
 
 
-def scheduled_run() -> tuple[Any, Any]:
+def scheduled_run(tx: Any) -> tuple[Any, Any]:
     """The updates and the state of the stem's first step, after two steps of the head alone."""
-    tx = dm.drop_muon(schedule, LAYERS, dm.uniform_depth(), seed=0)
     params = random_tree(0, biases=True)
     state = tx.init(params)
     for depth in (2, 2):
@@ -772,8 +1145,8 @@ def scheduled_run() -> tuple[Any, Any]:
 
 
 def test_a_learning_rate_schedule_counts_all_steps():
-    updates, _ = scheduled_run()
-    constant = dm.drop_muon(float(schedule(2)), LAYERS, dm.uniform_depth(), seed=0)
+    updates, _ = scheduled_run(dm.drop_muon(schedule, LAYERS))
+    constant = dm.drop_muon(float(schedule(2)), LAYERS)
     params = random_tree(0, biases=True)
     expected: Any = constant.update(
         random_tree(2, biases=True), constant.init(params), layer_mask=LAYERS.mask(0)
@@ -782,7 +1155,7 @@ def test_a_learning_rate_schedule_counts_all_steps():
 
 
 def test_adam_in_per_layer_counts_the_steps_of_its_own_layer():
-    updates, state = scheduled_run()
+    updates, state = scheduled_run(dm.drop_muon(schedule, LAYERS))
     counts = [
         int(leaf)
         for path, leaf in leaves_by_path(state).items()
@@ -795,6 +1168,10 @@ def test_adam_in_per_layer_counts_the_steps_of_its_own_layer():
     )
 
 
-def test_the_sampler_counts_all_steps():
-    _, state = scheduled_run()
-    assert int(optax.tree.get(state, "count", filtering=lambda path, _: len(path) == 2)) == 3
+def test_the_sampler_and_the_momentum_count_all_steps():
+    sampler = dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=0)
+    _, state = scheduled_run(optax.chain(dm.momentum(), sampler))
+    assert int(optax.tree.get(state, "LayerMaskSamplerState").count) == 3
+    assert int(optax.tree.get(state, "MomentumState").count) == 3
+    _, state = scheduled_run(dm.drop_muon(0.1, LAYERS))  # the step to resume from
+    assert int(optax.tree.get(state, "MomentumState").count) == 3

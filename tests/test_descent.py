@@ -20,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPES = {"stem": (4, 6), "mid": (3, 2, 2, 5), "gain": (7,), "head": (5, 3)}
 NORMS = {
-    "stem": dm.spectral_norm("rms_to_rms"),
-    "mid": dm.spectral_norm("scion"),
-    "gain": dm.rms_norm(),
-    "head": dm.sign_norm(),
+    "stem": dm.norms.spectral_norm("rms_to_rms"),
+    "mid": dm.norms.spectral_norm("scion"),
+    "gain": dm.norms.rms_norm(),
+    "head": dm.norms.sign_norm(),
 }
 NAMES = tuple(SHAPES)
 DISTRIBUTIONS = {
@@ -104,7 +104,7 @@ class Method:
 
     def __init__(self, problem, lmos, distribution):
         self.layers = dm.layers_by_path(random_tree(0), NAMES)
-        self.sampler = dm.layer_mask_sampler(self.layers, DISTRIBUTIONS[distribution], seed=0)
+        self.sampler = dm.DepthSampler(self.layers, DISTRIBUTIONS[distribution], seed=0)
         subtrees = dm.chain_subtrees(lmos, {name: name for name in NAMES})
         tx = optax.chain(subtrees, optax.scale_by_learning_rate(1.0))
 
@@ -132,13 +132,15 @@ class Method:
 
 def sharp_lmos(problem):
     return {
-        name: dm.norm_sharp(NORMS[name], 1 / constant)
+        name: dm.transforms.norm_sharp(NORMS[name], 1 / constant)
         for name, constant in problem.smoothness().items()
     }
 
 
 ADAPTIVE = {
-    name: dm.norm_lmo(norm, dm.adaptive_radius(HyperbolicCosines.l0, HyperbolicCosines.l1))
+    name: dm.norm_lmo(
+        norm, dm.schedules.adaptive_radius(HyperbolicCosines.l0, HyperbolicCosines.l1)
+    )
     for name, norm in NORMS.items()
 }
 
@@ -161,7 +163,7 @@ def test_the_constants_are_not_larger_than_they_must_be():
     with jax.enable_x64(True):
         problem = LeastSquares()
         lmos = {
-            name: dm.norm_sharp(NORMS[name], 20 / constant)
+            name: dm.transforms.norm_sharp(NORMS[name], 20 / constant)
             for name, constant in problem.smoothness().items()
         }
         history = Method(problem, lmos, "full").run(random_tree(0), 0, 25)

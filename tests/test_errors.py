@@ -1,6 +1,7 @@
 """Bad input: every message names the leaf or the argument, and says the way out."""
 
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -20,8 +21,10 @@ PARAMS = {
 }
 LAYERS = dm.layers_by_path(PARAMS, ["stem", "mid", "head"])
 UNIFORM = dm.uniform_depth()
-SAMPLER = dm.layer_mask_sampler(LAYERS, UNIFORM, seed=0)
-SUBSET_SAMPLER = dm.layer_mask_sampler(LAYERS, dm.fixed_size_subsets(2), seed=0)
+SAMPLER = dm.DepthSampler(LAYERS, UNIFORM, seed=0)
+SUBSET_SAMPLER = dm.DepthSampler(LAYERS, dm.sampling.fixed_size_subsets(2), seed=0)
+ADAPTIVE_SAMPLER = dm.DepthSampler(LAYERS, dm.time_aware_depth([3.0, 2.0, 1.0]), seed=0)
+LINK = dm.layer_mask_sampler(LAYERS, UNIFORM, seed=0)
 KERNELS = {name: {"kernel": layer["kernel"]} for name, layer in PARAMS.items()}
 
 
@@ -30,11 +33,19 @@ def loss_fn(params: Any) -> jax.Array:
 
 
 def sampler(distribution: Any, **kwargs: Any) -> Any:
-    return dm.layer_mask_sampler(LAYERS, distribution, **kwargs)
+    return dm.DepthSampler(LAYERS, distribution, **kwargs)
 
 
 def drop_muon(learning_rate: Any = 0.1, **kwargs: Any) -> Any:
-    return dm.drop_muon(learning_rate, LAYERS, UNIFORM, seed=0, **kwargs)
+    return dm.drop_muon(learning_rate, LAYERS, **kwargs)
+
+
+def lmo(norm: Any, radius: Any = 1.0, **kwargs: Any) -> Any:
+    return dm.norm_lmo(norm, radius, **kwargs)
+
+
+def sharp(norm: Any, step_size: Any = 1.0, **kwargs: Any) -> Any:
+    return dm.transforms.norm_sharp(norm, step_size, **kwargs)
 
 
 def updated(tx: optax.GradientTransformation, params: Any = PARAMS, **extra_args: Any) -> Any:
@@ -186,15 +197,15 @@ LAYER_ERRORS = [
     ),
     error(
         "group_costs_of_wrong_length",
-        lambda: LAYERS.group(2, costs=[1.0, 2.0]),
+        lambda: LAYERS.group(2, layer_costs=[1.0, 2.0]),
         ValueError,
-        "costs must be 3 nonnegative numbers, one for each layer",
+        "layer_costs must be 3 nonnegative numbers, one for each layer",
     ),
     error(
         "group_costs_negative",
-        lambda: LAYERS.group(2, costs=[1.0, -2.0, 1.0]),
+        lambda: LAYERS.group(2, layer_costs=[1.0, -2.0, 1.0]),
         ValueError,
-        "costs must be 3 nonnegative numbers",
+        "layer_costs must be 3 nonnegative numbers",
         "-2.0",
     ),
 ]
@@ -208,7 +219,7 @@ MASK_ERRORS = [
     ),
     error(
         "mask_missing_in_the_sampler",
-        lambda: updated(SAMPLER),
+        lambda: updated(LINK),
         TypeError,
         "missing the keyword argument 'layer_mask'",
         "layer_mask=layers.mask(depth)",
@@ -218,13 +229,36 @@ MASK_ERRORS = [
         lambda: updated(drop_muon()),
         TypeError,
         "missing the keyword argument 'layer_mask'",
+        "layer_mask=layers.mask(depth), or depth=depth in its place",
     ),
     error(
-        "mask_given_to_muon",
-        lambda: updated(dm.muon(0.1), layer_mask=LAYERS.mask(1)),
+        "mask_and_depth",
+        lambda: updated(drop_muon(), layer_mask=LAYERS.mask(1), depth=1),
         TypeError,
-        "muon updates every layer and takes no layer_mask",
-        "use drop_muon",
+        "update() takes layer_mask or depth, and got both",
+    ),
+    error(
+        "depth_too_large_in_update",
+        lambda: updated(drop_muon(), depth=3),
+        ValueError,
+        "depth must be at most 2, with 3 layers",
+    ),
+    error(
+        "depth_traced_in_update",
+        lambda: traced(lambda depth: updated(drop_muon(), depth=depth)[0], jnp.array(1)),
+        TypeError,
+        "depth must be a Python integer, got an array",
+        "static_argnames='depth'",
+    ),
+    *(
+        error(
+            f"{name}_given_to_muon",
+            lambda extra_args=extra_args: updated(dm.muon(0.1), **extra_args),
+            TypeError,
+            "muon updates every layer and takes no layer_mask or depth",
+            "use drop_muon",
+        )
+        for name, extra_args in (("mask", {"layer_mask": LAYERS.mask(1)}), ("depth", {"depth": 0}))
     ),
 ]
 # Each of these masks is bad for everything that takes one.
@@ -285,10 +319,22 @@ BAD_MASKS = [
 ]
 TAKES_A_MASK = {
     "masked_value_and_grad": lambda mask: gradients(layer_mask=mask),
-    "sampler": lambda mask: updated(SAMPLER, layer_mask=mask)[0],
+    "masked_value_and_grad_pair": lambda mask: dm.masked_value_and_grad_pair(loss_fn)(
+        PARAMS, PARAMS, layer_mask=mask
+    ),
+    "sampler": lambda mask: updated(LINK, layer_mask=mask)[0],
     "momentum": lambda mask: updated(dm.momentum(), layer_mask=mask)[0],
     "per_layer": lambda mask: updated(dm.per_layer(optax.sgd(1.0), LAYERS), layer_mask=mask)[0],
+    "chain_subtrees": lambda mask: updated(
+        dm.chain_subtrees({"all": dm.momentum()}, "all"), layer_mask=mask
+    )[0],
     "drop_muon": lambda mask: updated(drop_muon(), layer_mask=mask)[0],
+    "drop_scion": lambda mask: updated(
+        dm.drop_scion(0.1, LAYERS, dict.fromkeys(dm.layers.ROLES, 1.0)), layer_mask=mask
+    )[0],
+    "record_gains": lambda mask: updated(
+        dm.record_gains(drop_muon(), ADAPTIVE_SAMPLER), layer_mask=mask
+    )[0],
 }
 
 SAMPLING_ERRORS = [
@@ -328,7 +374,9 @@ SAMPLING_ERRORS = [
     error(
         "own_probabilities_negative",
         lambda: sampler(
-            dm.LayerDistribution(dm.depth_subsets, lambda step, b: jnp.array([1.5, -0.5, 0.0])),
+            dm.LayerDistribution(
+                dm.sampling.depth_subsets, lambda step, b: jnp.array([1.5, -0.5, 0.0])
+            ),
             seed=0,
         ),
         ValueError,
@@ -338,7 +386,8 @@ SAMPLING_ERRORS = [
     error(
         "own_probabilities_that_do_not_sum_to_one",
         lambda: sampler(
-            dm.LayerDistribution(dm.depth_subsets, lambda step, b: jnp.full(b, 0.5)), seed=0
+            dm.LayerDistribution(dm.sampling.depth_subsets, lambda step, b: jnp.full(b, 0.5)),
+            seed=0,
         ),
         ValueError,
         "probabilities must sum to 1, got 1.5 at step 0",
@@ -347,25 +396,31 @@ SAMPLING_ERRORS = [
         "distribution_not_called",
         lambda: sampler(dm.uniform_depth, seed=0),
         TypeError,
-        "depth_distribution must be a LayerDistribution such as dm.uniform_depth()",
+        "distribution must be a LayerDistribution such as dm.uniform_depth()",
+    ),
+    *(
+        error(
+            f"layers_that_are_patterns_in_{make.__name__}",
+            lambda make=make: make(["stem", "mid", "head"], UNIFORM, seed=0),
+            TypeError,
+            "layers must be made by layers_by_path or trace_layers",
+        )
+        for make in (dm.DepthSampler, dm.layer_mask_sampler)
+    ),
+    *(
+        error(
+            f"seed_missing_in_{make.__name__}",
+            lambda make=make: make(LAYERS, UNIFORM),
+            TypeError,
+            "'seed'",
+        )
+        for make in (dm.DepthSampler, dm.layer_mask_sampler)
     ),
     error(
-        "layers_that_are_patterns",
-        lambda: dm.layer_mask_sampler(["stem", "mid", "head"], UNIFORM, seed=0),  # pyright: ignore[reportArgumentType]
+        "seed_given_to_drop_muon",
+        lambda: dm.drop_muon(0.1, LAYERS, UNIFORM, seed=0),  # pyright: ignore[reportCallIssue]
         TypeError,
-        "layers must be made by layers_by_path or trace_layers",
-    ),
-    error(
-        "seed_missing",
-        lambda: dm.layer_mask_sampler(LAYERS, UNIFORM),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        "'seed'",
-    ),
-    error(
-        "seed_missing_in_drop_muon",
-        lambda: dm.drop_muon(0.1, LAYERS, UNIFORM),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        "'seed'",
+        "drop_muon() has no argument 'seed': say dm.DepthSampler(layers, distribution, seed=…)",
     ),
     error(
         "seed_negative",
@@ -374,6 +429,41 @@ SAMPLING_ERRORS = [
         "seed must be at least 0, got -1",
     ),
     error("seed_boolean", lambda: sampler(UNIFORM, seed=True), TypeError, "seed", "truth value"),
+    error(
+        "seeds_in_a_vector",
+        lambda: sampler(UNIFORM, seed=jax.random.split(jax.random.key(0))),
+        TypeError,
+        "seed must be a Python integer, got an array",
+        "or a key such as jax.random.key(0)",
+    ),
+    error(
+        "seed_of_floats",
+        lambda: sampler(UNIFORM, seed=jnp.float32(1)),
+        TypeError,
+        "seed must be a Python integer, got an array",
+    ),
+    error(
+        "host_draw_of_an_array_as_seed",
+        lambda: sampler(UNIFORM, seed=jnp.int32(1)).depth(0),
+        TypeError,
+        "seed is an array, and the host draws from integers",
+        "sampler.sample",
+    ),
+    error(
+        "steps_per_draw_zero",
+        lambda: sampler(UNIFORM, seed=0, steps_per_draw=0),
+        ValueError,
+        "steps_per_draw must be at least 1, got 0",
+    ),
+    error(
+        "steps_per_draw_injected",
+        lambda: optax.inject_hyperparams(dm.layer_mask_sampler)(LAYERS, UNIFORM, seed=0).init(
+            PARAMS
+        ),
+        TypeError,
+        "steps_per_draw must be a Python integer, got an array",
+        "static_args",
+    ),
     error(
         "epoch_shift_without_steps",
         lambda: dm.epoch_shift_depth(0),
@@ -395,46 +485,46 @@ SAMPLING_ERRORS = [
     ),
     error(
         "independent_layers_above_one",
-        lambda: dm.independent_layers([0.5, 1.5, 0.5]),
+        lambda: dm.sampling.independent_layers([0.5, 1.5, 0.5]),
         ValueError,
         "probabilities must lie in [0, 1]",
         "1.5",
     ),
     error(
         "independent_layers_empty",
-        lambda: dm.independent_layers([]),
+        lambda: dm.sampling.independent_layers([]),
         ValueError,
         "probabilities must be a sequence of numbers",
     ),
     error(
         "independent_layers_of_wrong_length",
-        lambda: sampler(dm.independent_layers([0.5, 0.5]), seed=0),
+        lambda: sampler(dm.sampling.independent_layers([0.5, 0.5]), seed=0),
         ValueError,
         "subsets of shape (4, 2), and there are 3 layers",
         "stem, mid, head",
     ),
     error(
         "independent_layers_too_many",
-        lambda: dm.independent_layers([0.5] * 13),
+        lambda: dm.sampling.independent_layers([0.5] * 13),
         ValueError,
         "has 8192 subsets",
         "layers.group(k)",
     ),
     error(
         "fixed_size_subsets_of_nothing",
-        lambda: dm.fixed_size_subsets(0),
+        lambda: dm.sampling.fixed_size_subsets(0),
         ValueError,
         "size must be at least 1, got 0",
     ),
     error(
         "fixed_size_subsets_of_more_than_all",
-        lambda: sampler(dm.fixed_size_subsets(4), seed=0),
+        lambda: sampler(dm.sampling.fixed_size_subsets(4), seed=0),
         ValueError,
         "size must be at most 3, the number of layers, got 4",
     ),
     error(
         "fixed_size_subsets_too_many",
-        lambda: dm.fixed_size_subsets(8).inclusion_probabilities(0, 16),
+        lambda: dm.sampling.fixed_size_subsets(8).inclusion_probabilities(0, 16),
         ValueError,
         "has 12870 subsets",
         "layers.group(k)",
@@ -472,10 +562,16 @@ LMO_ERRORS = [
     ),
     error("scalar", lambda: init_lmo(()), ValueError, "leaf 'blocks/0/kernel' has shape ()"),
     error(
-        "vector_labelled_as_matrix",
-        lambda: drop_muon(labels=jax.tree.map(lambda _: "matrix", PARAMS)).init(PARAMS),
+        "vector_called_a_matrix",
+        lambda: drop_muon(roles={"bias": "hidden"}).init(PARAMS),
         ValueError,
         "needs matrices, and leaf 'head/bias' has shape (2,)",
+    ),
+    error(
+        "labels_in_place_of_roles",
+        lambda: drop_muon(labels=dm.matrix_labels),
+        TypeError,
+        "drop_muon() has no argument 'labels': say roles=",
     ),
     error(
         "three_axes_without_dimension_numbers",
@@ -490,6 +586,14 @@ LMO_ERRORS = [
         lambda: init_lmo((2, 3, 4, 5, 6)),
         ValueError,
         "leaf 'blocks/0/kernel', of shape (2, 3, 4, 5, 6)",
+    ),
+    error(
+        "weight_of_an_unknown_layout",
+        lambda: dm.newton_schulz_lmo().init({"layers": [{"weight": jnp.ones((3, 4))}]}),
+        ValueError,
+        "Leaf 'layers/0/weight' of shape (3, 4)",
+        "(out, in, *window), as in Equinox and PyTorch",
+        "dimension_numbers='out_in' or 'in_out'",
     ),
     error(
         "dimension_numbers_out_of_range",
@@ -526,7 +630,7 @@ LMO_ERRORS = [
         "dimension_numbers_that_are_none",
         lambda: init_lmo((2, 3, 4), (1, 2)),
         TypeError,
-        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'conv', or a mapping",
+        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'in_out', 'out_in', or a",
         "(1, 2)",
     ),
     error("radius_zero", lambda: dm.newton_schulz_lmo(0.0), ValueError, "radius must be positive"),
@@ -537,30 +641,22 @@ LMO_ERRORS = [
         "radius must be positive and finite, got -1",
     ),
     error(
-        "auxiliary_descends",
-        lambda: drop_muon(auxiliary=optax.adamw(1e-3)),
+        "momentum_is_a_number_out_of_range",
+        lambda: drop_muon(momentum=1.0),
         ValueError,
-        "auxiliary must keep the gradient's sign",
-        "optax.scale_by_adam() in place of",
+        "decay is the weight of the past and must lie in [0, 1), got 1.0",
     ),
     error(
-        "lmo_descends",
-        lambda: dm.muon(0.1, lmo=optax.sgd(0.1)),
-        ValueError,
-        "lmo must keep the gradient's sign",
-    ),
-    error(
-        "momentum_is_a_number",
-        lambda: drop_muon(momentum=0.9),
+        "momentum_is_a_list",
+        lambda: drop_muon(momentum=[dm.momentum()]),
         TypeError,
-        "momentum must be an optax.GradientTransformation, got 0.9",
+        "momentum must be an optax.GradientTransformation, got a list",
     ),
     error(
         "momentum_is_not_called",
         lambda: drop_muon(momentum=dm.momentum),
         TypeError,
-        "momentum must be an optax.GradientTransformation, got a function",
-        "call it",
+        "decay is a function that makes a transformation: call it",
     ),
     error(
         "per_layer_with_swapped_arguments",
@@ -590,14 +686,29 @@ LMO_ERRORS = [
         "switch_over_layers",
         lambda: dm.switch_depth(gradients, LAYERS),
         TypeError,
-        "sampler must be a LayerMaskSampler, got a Layers",
-        "attach_to",
+        "sampler must be a DepthSampler, got a Layers",
+        "dm.DepthSampler(layers, dm.uniform_depth(), seed=0)",
     ),
     error(
-        "attach_to_no_transformation",
-        lambda: SAMPLER.attach_to(0.1),
+        "switch_over_the_link_of_a_chain",
+        lambda: dm.switch_depth(gradients, LINK),
         TypeError,
-        "transformation must be an optax.GradientTransformation, got 0.1",
+        "sampler must be a DepthSampler, got a LayerMaskSampler",
+        "Give its attribute, sampler.draws",
+    ),
+    error(
+        "record_of_no_transformation",
+        lambda: dm.record_gains(0.1, ADAPTIVE_SAMPLER),
+        TypeError,
+        "inner must be an optax.GradientTransformation, got 0.1",
+    ),
+    error(
+        "record_for_a_distribution_that_needs_none",
+        lambda: dm.record_gains(drop_muon(), SAMPLER),
+        TypeError,
+        "sampler must be a DepthSampler with an AdaptiveDistribution",
+        "got a DepthSampler with a LayerDistribution",
+        "Other distributions need no record",
     ),
     error(
         "mask_not_cut_by_optax",
@@ -618,7 +729,7 @@ LMO_ERRORS = [
         "probabilities_go_wrong_later",
         lambda: sampler(
             dm.LayerDistribution(
-                dm.depth_subsets, lambda k, b: jnp.array([1.0, 0.0, 0.0]) - 0.01 * k
+                dm.sampling.depth_subsets, lambda k, b: jnp.array([1.0, 0.0, 0.0]) - 0.01 * k
             ),
             seed=0,
         ).depth(7),
@@ -630,7 +741,7 @@ LMO_ERRORS = [
         "probabilities_branch_in_python",
         lambda: sampler(
             dm.LayerDistribution(
-                dm.depth_subsets, lambda k, b: jnp.eye(b)[0] if k < 9 else jnp.eye(b)[1]
+                dm.sampling.depth_subsets, lambda k, b: jnp.eye(b)[0] if k < 9 else jnp.eye(b)[1]
             ),
             seed=0,
         ),
@@ -655,7 +766,7 @@ LMO_ERRORS = [
         "matrix_of_integers",
         lambda: dm.newton_schulz_lmo().init({"steps": jnp.ones((2, 2), int)}),
         TypeError,
-        "leaf 'steps' must be of a floating-point dtype, got int32",
+        "params must be trainable floating-point arrays, and leaf 'steps' is an array of int32",
     ),
     error(
         "momentum_of_integers",
@@ -684,10 +795,10 @@ LMO_ERRORS = [
         "static_args",
     ),
     error(
-        "num_steps_unlike_the_number_of_rows",
+        "num_steps_unlike_the_number_of_coefficients",
         lambda: dm.newton_schulz_lmo(coefficients=[(2.0, -1.5, 0.5)], num_steps=5),
         ValueError,
-        "num_steps is 5, but coefficients have 1 rows",
+        "num_steps is 5, but the number of coefficients (a, b, c) is 1",
         "leave num_steps out",
     ),
     error(
@@ -701,39 +812,48 @@ LMO_ERRORS = [
         "coefficients_of_words",
         lambda: dm.newton_schulz_lmo(coefficients=[("a", "b", "c")]),  # pyright: ignore[reportArgumentType]
         ValueError,
-        "coefficients must be a name or rows of three finite numbers (a, b, c)",
+        "coefficients must be a name or triples of finite numbers (a, b, c)",
         "got [('a', 'b', 'c')]",
     ),
     error(
         "coefficients_in_a_jax_array",
-        lambda: dm.newton_schulz(jnp.eye(3)),  # pyright: ignore[reportArgumentType]
+        lambda: dm.orthogonalize.newton_schulz(jnp.eye(3)),  # pyright: ignore[reportArgumentType]
         TypeError,
         "coefficients are static",
-        "dm.newton_schulz()(x)",
+        "dm.orthogonalize.newton_schulz()(x)",
     ),
     error(
         "kernel_of_a_tree",
-        lambda: dm.newton_schulz()({"w": jnp.eye(3)}),  # pyright: ignore[reportArgumentType]
+        lambda: dm.orthogonalize.newton_schulz()({"w": jnp.eye(3)}),  # pyright: ignore[reportArgumentType]
         TypeError,
         "newton_schulz orthogonalizes an array, got a dict",
         "newton_schulz_lmo",
     ),
     error(
         "kernel_not_made",
-        lambda: dm.spectral_lmo(dm.newton_schulz),  # pyright: ignore[reportArgumentType]
+        lambda: drop_muon(orthogonalize=dm.orthogonalize.newton_schulz),
         TypeError,
-        "such as dm.newton_schulz() with its parentheses",
+        "such as dm.orthogonalize.newton_schulz() with its parentheses",
     ),
     error(
-        "kernel_in_place_of_an_lmo",
-        lambda: dm.muon(0.1, lmo=dm.newton_schulz()),  # pyright: ignore[reportArgumentType]
+        "lmo_in_place_of_a_kernel",
+        lambda: dm.muon(0.1, lmo=dm.newton_schulz_lmo()),  # pyright: ignore[reportCallIssue]
         TypeError,
-        "lmo must be an optax.GradientTransformation",
-        "a function of matrices goes into dm.spectral_lmo",
+        "muon() has no argument 'lmo': say orthogonalize=",
+        "dm.scion",
+    ),
+    error(
+        "kernel_in_place_of_a_transformation",
+        lambda: dm.chain_subtrees({"matrix": dm.orthogonalize.newton_schulz()}, "matrix"),
+        TypeError,
+        "transforms['matrix'] must be an optax.GradientTransformation",
+        "a function that orthogonalizes matrices goes into dm.norms.spectral_norm",
     ),
     error(
         "kernel_returns_nothing",
-        lambda: dm.spectral_lmo(lambda x: None).update(KERNELS, optax.EmptyState()),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.spectral_norm(orthogonalize=lambda x: None)).update(
+            KERNELS, optax.EmptyState()
+        ),  # pyright: ignore[reportArgumentType]
         TypeError,
         "The orthogonalize function must return an array of the shape it is given",
         "returned None",
@@ -749,13 +869,14 @@ LMO_ERRORS = [
         "dimension_numbers_of_tuples",
         lambda: dm.newton_schulz_lmo(dimension_numbers={"stem": (0, 1)}).init(KERNELS),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "must be an optax.contrib.MuonDimensionNumbers, got (0, 1)",
+        "dimension_numbers of leaf 'stem/kernel' must be an optax.contrib.MuonDimensionNumbers, ",
+        "'in_out' or 'out_in', got (0, 1)",
     ),
     error(
-        "start_unknown",
-        lambda: dm.newton_schulz_lmo(start="schaten"),
+        "preconditioning_unknown",
+        lambda: dm.newton_schulz_lmo(preconditioning="schaten"),
         ValueError,
-        "start must be one of ['aol', 'frobenius', 'schatten']",
+        "preconditioning must be one of ['aol', 'frobenius', 'schatten']",
         "Did you mean 'schatten'?",
     ),
     error(
@@ -788,8 +909,8 @@ LMO_ERRORS = [
         "float16_from_aol",
         lambda: dm.newton_schulz_lmo(coefficients="turbo_muon", dtype=jnp.float16),
         ValueError,
-        'start="aol" divides each row',
-        "another start",
+        'preconditioning="aol" divides each row',
+        "another preconditioning",
     ),
     error(
         "memory_limit_zero",
@@ -812,51 +933,53 @@ LMO_ERRORS = [
     ),
     error(
         "kernel_not_callable",
-        lambda: dm.spectral_lmo("svd"),  # pyright: ignore[reportArgumentType]
+        lambda: drop_muon(orthogonalize="svd"),
         TypeError,
         "orthogonalize must be a function",
-        "dm.newton_schulz()",
+        "dm.orthogonalize.newton_schulz()",
     ),
     error(
         "kernel_changes_the_shape",
-        lambda: dm.spectral_lmo(lambda x: x @ x.mT).update(KERNELS, optax.EmptyState()),
+        lambda: lmo(dm.norms.spectral_norm(orthogonalize=lambda x: x @ x.mT)).update(
+            KERNELS, optax.EmptyState()
+        ),
         ValueError,
         "The orthogonalize function was given float32[",
         "shape and dtype must stay",
     ),
     error(
         "kernel_of_integers",
-        lambda: dm.newton_schulz()(jnp.ones((2, 3), int)),
+        lambda: dm.orthogonalize.newton_schulz()(jnp.ones((2, 3), int)),
         TypeError,
         "must be of a floating-point dtype",
     ),
     error(
         "kernel_of_a_vector",
-        lambda: dm.newton_schulz()(jnp.ones(3)),
+        lambda: dm.orthogonalize.newton_schulz()(jnp.ones(3)),
         ValueError,
         "must have shape (*batch, rows, cols), got (3,)",
     ),
     error(
         "smallest_singular_value_zero",
-        lambda: dm.polar_express_coefficients(5, smallest=0.0),
+        lambda: dm.orthogonalize.polar_express_coefficients(5, smallest=0.0),
         ValueError,
         "smallest must lie in (0, 1), got 0.0",
     ),
     error(
         "cushion_one",
-        lambda: dm.polar_express_coefficients(5, cushion=1.0),
+        lambda: dm.orthogonalize.polar_express_coefficients(5, cushion=1.0),
         ValueError,
         "cushion must lie in [0, 1), got 1.0",
     ),
     error(
         "ease_below_one",
-        lambda: dm.polar_express_coefficients(5, ease=0.99),
+        lambda: dm.orthogonalize.polar_express_coefficients(5, ease=0.99),
         ValueError,
         "ease must be at least 1, got 0.99",
     ),
     error(
         "no_coefficients",
-        lambda: dm.polar_express_coefficients(0),
+        lambda: dm.orthogonalize.polar_express_coefficients(0),
         ValueError,
         "num_steps must be at least 1, got 0",
     ),
@@ -864,28 +987,28 @@ LMO_ERRORS = [
         "coefficients_of_wrong_shape",
         lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5)]),
         ValueError,
-        "coefficients must be a name or rows of three finite numbers (a, b, c)",
+        "coefficients must be a name or triples of finite numbers (a, b, c)",
         "got [(1.5, -0.5)]",
     ),
     error(
-        "coefficients_of_one_row_without_brackets",
+        "coefficients_of_one_step_without_brackets",
         lambda: dm.newton_schulz_lmo(coefficients=(1.5, -0.5, 0.0)),  # pyright: ignore[reportArgumentType]
         ValueError,
-        "coefficients must be a name or rows of three finite numbers (a, b, c)",
+        "coefficients must be a name or triples of finite numbers (a, b, c)",
         "[(a, b, c)] * num_steps",
     ),
     error(
         "coefficients_empty",
         lambda: dm.newton_schulz_lmo(coefficients=[]),
         ValueError,
-        "coefficients must be a name or rows of three finite numbers",
+        "coefficients must be a name or triples of finite numbers",
         "got []",
     ),
     error(
         "coefficients_infinite",
         lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5, float("inf"))]),
         ValueError,
-        "coefficients must be a name or rows of three finite numbers",
+        "coefficients must be a name or triples of finite numbers",
     ),
     error(
         "shape_factor_unknown",
@@ -899,38 +1022,38 @@ LMO_ERRORS = [
 NORM_ERRORS = [
     error(
         "norm_not_called",
-        lambda: dm.norm_lmo(dm.sign_norm),  # pyright: ignore[reportArgumentType]
+        lambda: dm.norm_lmo(dm.norms.sign_norm),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "norm must be a dm.Norm, got a function. Call it",
+        "norm must be a dm.norms.Norm, got a function. Call it",
     ),
     error(
         "norm_that_is_a_name",
-        lambda: dm.norm_sharp("sign"),  # pyright: ignore[reportArgumentType]
+        lambda: dm.transforms.norm_sharp("sign"),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "norm must be a dm.Norm, got 'sign'",
+        "norm must be a dm.norms.Norm, got 'sign'",
     ),
     error(
         "norm_that_is_a_radius",
         lambda: dm.norm_lmo(0.3),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "norm must be a dm.Norm, got 0.3",
+        "norm must be a dm.norms.Norm, got 0.3",
     ),
     error(
         "norm_of_a_tree",
-        lambda: dm.sign_norm().lmo(KERNELS),  # pyright: ignore[reportArgumentType]
+        lambda: dm.norms.sign_norm().argmin(KERNELS),  # pyright: ignore[reportArgumentType]
         TypeError,
         "A norm takes one array, got a dict",
         "jax.tree.map",
     ),
     error(
         "norm_of_a_list",
-        lambda: dm.rms_norm().norm([1.0, 2.0]),  # pyright: ignore[reportArgumentType]
+        lambda: dm.norms.rms_norm().norm([1.0, 2.0]),  # pyright: ignore[reportArgumentType]
         TypeError,
         "A norm takes one array, got a list",
     ),
     error(
         "norm_with_an_unknown_shape_factor",
-        lambda: dm.Norm("mine", dm.sign_norm().geometry, "none"),
+        lambda: dm.norms.Norm("mine", dm.norms.sign_norm().geometry, "none"),
         ValueError,
         "shape_factor must be one of",
         "'one'",
@@ -938,19 +1061,19 @@ NORM_ERRORS = [
     ),
     error(
         "radius_is_the_maker_of_a_schedule",
-        lambda: dm.sign_lmo(dm.gluon_radius),
+        lambda: lmo(dm.norms.sign_norm(), dm.schedules.gluon_radius),
         TypeError,
-        "radius is dm.gluon_radius itself: call it",
+        "radius is dm.schedules.gluon_radius itself: call it",
     ),
     error(
         "decay_is_the_maker_of_a_schedule",
-        lambda: dm.momentum(dm.gluon_decay),
+        lambda: dm.momentum(dm.schedules.gluon_decay),
         TypeError,
-        "decay is dm.gluon_decay itself: call it",
+        "decay is dm.schedules.gluon_decay itself: call it",
     ),
     error(
         "schedule_that_returns_an_array",
-        lambda: updated(dm.sign_lmo(lambda count: jnp.ones(3)), KERNELS),
+        lambda: updated(lmo(dm.norms.sign_norm(), lambda count: jnp.ones(3)), KERNELS),
         ValueError,
         "A schedule must return one number",
         "radius",
@@ -958,187 +1081,184 @@ NORM_ERRORS = [
     ),
     error(
         "dimension_numbers_of_whole_leaves",
-        lambda: dm.norm_lmo(dm.rms_norm(), dimension_numbers="conv").init(KERNELS),
+        lambda: lmo(dm.norms.rms_norm(), dimension_numbers="in_out").init(KERNELS),
         ValueError,
         "rms_norm() is of whole leaves",
         "leave out dimension_numbers",
     ),
     error(
         "norm_of_matrices_of_a_vector",
-        lambda: dm.column_norm().dual_norm(jnp.ones(3)),
+        lambda: dm.norms.column_norm().dual_norm(jnp.ones(3)),
         ValueError,
         "is of matrices (in, out)",
         "shape (3,)",
     ),
     error(
         "norm_of_integers",
-        lambda: dm.euclidean_norm().direction(jnp.ones(3, int)),
+        lambda: dm.norms.euclidean_norm().direction(jnp.ones(3, int)),
         TypeError,
         "must be of a floating-point dtype, got int32",
     ),
     error(
         "random_array_of_integers",
-        lambda: dm.sign_norm().init(jax.random.key(0), (3, 2), jnp.int32),
+        lambda: dm.norms.sign_norm().init(jax.random.key(0), (3, 2), jnp.int32),
         TypeError,
         "dtype must be of a floating-point dtype, got int32",
     ),
     error(
         "random_vector_of_a_norm_of_matrices",
-        lambda: dm.spectral_norm().init(jax.random.key(0), (3,)),
+        lambda: dm.norms.spectral_norm().init(jax.random.key(0), (3,)),
         ValueError,
         "is of matrices (in, out)",
         "shape (3,)",
     ),
     error(
         "initializer_with_radius_zero",
-        lambda: dm.sign_norm().initializer(0),
+        lambda: dm.norms.sign_norm().initializer(0),
         ValueError,
         "radius must be positive and finite, got 0",
     ),
     error(
         "spectral_norm_with_unknown_shape_factor",
-        lambda: dm.spectral_norm("scoin"),
+        lambda: dm.norms.spectral_norm("scoin"),
         ValueError,
         "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'scion', 'spectral']",
         "Did you mean 'scion'?",
     ),
     error(
         "spectral_norm_of_a_kernel_not_made",
-        lambda: dm.spectral_norm(orthogonalize=dm.newton_schulz),  # pyright: ignore[reportArgumentType]
+        lambda: dm.norms.spectral_norm(orthogonalize=dm.orthogonalize.newton_schulz),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "such as dm.newton_schulz() with its parentheses",
+        "such as dm.orthogonalize.newton_schulz() with its parentheses",
     ),
     error(
         "spectral_norm_of_a_kernel_that_is_a_name",
-        lambda: dm.spectral_norm(orthogonalize="svd"),  # pyright: ignore[reportArgumentType]
+        lambda: dm.norms.spectral_norm(orthogonalize="svd"),  # pyright: ignore[reportArgumentType]
         TypeError,
         "orthogonalize must be a function",
         "got 'svd'",
     ),
     error(
-        "sharp_kernel_not_callable",
-        lambda: dm.spectral_sharp("svd"),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "orthogonalize must be a function",
-        "dm.newton_schulz()",
-    ),
-    error(
         "vector_of_column_lmo",
-        lambda: dm.column_lmo().init(PARAMS),
+        lambda: lmo(dm.norms.column_norm()).init(PARAMS),
         ValueError,
         "needs matrices, and leaf 'head/bias' has shape (2,)",
         "dm.chain_subtrees",
     ),
     error(
         "scalar_of_row_sharp",
-        lambda: dm.row_sharp().init({"temperature": jnp.ones(())}),
+        lambda: sharp(dm.norms.row_norm()).init({"temperature": jnp.ones(())}),
         ValueError,
         "leaf 'temperature' has shape ()",
     ),
     error(
         "three_axes_of_sign_lmo",
-        lambda: dm.sign_lmo().init({"conv": {"kernel": jnp.ones((3, 2, 4))}}),
+        lambda: lmo(dm.norms.sign_norm()).init({"conv": {"kernel": jnp.ones((3, 2, 4))}}),
         ValueError,
         "leaf 'conv/kernel', of shape (3, 2, 4)",
         "dimension_numbers={'conv/kernel'",
-        "for a convolution, with 'conv'",
+        "for a convolution, with 'in_out'",
     ),
     error(
         "five_axes_of_row_lmo",
-        lambda: dm.row_lmo().init({"conv": {"kernel": jnp.ones((2, 2, 2, 3, 4))}}),
+        lambda: lmo(dm.norms.row_norm()).init({"conv": {"kernel": jnp.ones((2, 2, 2, 3, 4))}}),
         ValueError,
         "leaf 'conv/kernel', of shape (2, 2, 2, 3, 4)",
-        "for a convolution, with 'conv'",
+        "for a convolution, with 'in_out'",
     ),
     error(
         "dimension_numbers_of_an_unknown_name",
-        lambda: dm.sign_lmo(dimension_numbers="convs"),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.sign_norm(), dimension_numbers="in-out"),
         ValueError,
-        "dimension_numbers must be one of ['conv'], got 'convs'",
-        "Did you mean 'conv'?",
+        "dimension_numbers must be one of ['in_out', 'out_in'], got 'in-out'",
+        "Did you mean 'in_out'?",
     ),
     error(
         "dimension_numbers_of_an_unknown_name_by_pattern",
-        lambda: dm.row_lmo(dimension_numbers={"stem": "convs"}).init(KERNELS),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.row_norm(), dimension_numbers={"stem": "out-in"}).init(KERNELS),
         ValueError,
-        "dimension_numbers of leaf 'stem/kernel' must be one of ['conv'], got 'convs'",
-        "Did you mean 'conv'?",
+        "dimension_numbers of leaf 'stem/kernel' must be one of ['in_out', 'out_in'], got 'out-in'",
+        "Did you mean 'out_in'?",
     ),
     error(
-        "integers_in_rms_lmo",
-        lambda: dm.rms_lmo().init({"count": jnp.ones(3, int)}),
+        "integers_in_norm_lmo",
+        lambda: lmo(dm.norms.rms_norm()).init({"count": jnp.ones(3, int)}),
         TypeError,
-        "must be of a floating-point dtype, got int32",
+        "leaf 'count' is an array of int32",
     ),
 ]
 
 RADIUS_ERRORS = [
     error(
         "radius_of_norm_lmo_negative",
-        lambda: dm.norm_lmo(dm.sign_norm(), -1.0),
+        lambda: lmo(dm.norms.sign_norm(), -1.0),
         ValueError,
         "radius must be positive and finite, got -1.0",
     ),
     error(
-        "radius_of_rms_lmo_zero",
-        lambda: dm.rms_lmo(0),
+        "radius_of_norm_lmo_zero",
+        lambda: lmo(dm.norms.rms_norm(), 0),
         ValueError,
         "radius must be positive and finite, got 0",
     ),
     error(
-        "radius_of_sign_lmo_a_string",
-        lambda: dm.sign_lmo("0.1"),  # pyright: ignore[reportArgumentType]
+        "radius_of_norm_lmo_a_string",
+        lambda: lmo(dm.norms.sign_norm(), "0.1"),  # pyright: ignore[reportArgumentType]
         TypeError,
         "radius must be a number or a scalar array, got '0.1'",
     ),
     error(
         "step_size_negative",
-        lambda: dm.sign_sharp(-0.5),
+        lambda: sharp(dm.norms.sign_norm(), -0.5),
         ValueError,
         "step_size must be positive and finite, got -0.5",
     ),
     error(
         "step_size_infinite",
-        lambda: dm.newton_schulz_sharp(float("inf")),
+        lambda: sharp(dm.norms.spectral_norm(), float("inf")),
         ValueError,
         "step_size must be positive and finite, got inf",
     ),
     error(
         "step_size_adaptive",
-        lambda: dm.svd_sharp(dm.adaptive_radius(1.0)),
+        lambda: sharp(dm.norms.spectral_norm(), dm.schedules.adaptive_radius(1.0)),
         TypeError,
         "step_size multiplies the dual norm already",
-        "dm.newton_schulz_lmo(dm.adaptive_radius(l0, l1))",
+        "dm.newton_schulz_lmo(dm.schedules.adaptive_radius(l0, l1))",
     ),
     error(
         "step_size_adaptive_by_pattern",
-        lambda: dm.norm_sharp(dm.rms_norm(), {"stem": 1.0, "head": dm.adaptive_radius(1.0)}),
+        lambda: sharp(
+            dm.norms.rms_norm(), {"stem": 1.0, "head": dm.schedules.adaptive_radius(1.0)}
+        ),
         TypeError,
         "step_size multiplies the dual norm already",
     ),
     error(
         "radius_mapping_empty",
-        lambda: dm.rms_lmo({}),
+        lambda: lmo(dm.norms.rms_norm(), {}),
         ValueError,
         "radius is an empty mapping",
-        "give a number, or a pattern for each leaf",
+        "give a number, or a pattern for each",
     ),
     error(
         "radius_pattern_without_match",
-        lambda: dm.rms_lmo({"stem": 1.0, "mit": 1.0, "head": 1.0}).init(PARAMS),
+        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "mit": 1.0, "head": 1.0}).init(PARAMS),
         ValueError,
         "radius: pattern 'mit' matches no leaf",
         "Did you mean 'mid'?",
     ),
     error(
         "radius_leaf_that_matches_twice",
-        lambda: dm.rms_lmo({"stem": 1.0, "mid": 1.0, "head": 1.0, "mid/bias": 2.0}).init(PARAMS),
+        lambda: lmo(
+            dm.norms.rms_norm(), {"stem": 1.0, "mid": 1.0, "head": 1.0, "mid/bias": 2.0}
+        ).init(PARAMS),
         ValueError,
         "radius: leaf 'mid/bias' matches both 'mid' and 'mid/bias'",
     ),
     error(
         "radius_leaf_without_pattern",
-        lambda: dm.rms_lmo({"stem": 1.0, "head": 1.0}).init(PARAMS),
+        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "head": 1.0}).init(PARAMS),
         ValueError,
         "radius has no pattern for ['mid/bias', 'mid/kernel']",
         "every leaf needs one",
@@ -1146,19 +1266,19 @@ RADIUS_ERRORS = [
     ),
     error(
         "step_size_leaf_without_pattern",
-        lambda: dm.rms_sharp({"stem": 1.0, "head": 1.0}).init(PARAMS),
+        lambda: sharp(dm.norms.rms_norm(), {"stem": 1.0, "head": 1.0}).init(PARAMS),
         ValueError,
         "step_size has no pattern for ['mid/bias', 'mid/kernel']",
     ),
     error(
         "radius_mapping_nested",
-        lambda: dm.rms_lmo({"stem": {"kernel": 1.0}}),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.rms_norm(), {"stem": {"kernel": 1.0}}),  # pyright: ignore[reportArgumentType]
         TypeError,
         "radius['stem'] is a mapping again; write one pattern of both",
     ),
     error(
         "radius_pattern_that_is_no_string",
-        lambda: dm.rms_lmo({0: 1.0}).init(PARAMS),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.rms_norm(), {0: 1.0}),  # pyright: ignore[reportArgumentType]
         TypeError,
         "radius",
         "patterns, which are strings",
@@ -1166,43 +1286,43 @@ RADIUS_ERRORS = [
     ),
     error(
         "radius_negative_by_pattern",
-        lambda: dm.rms_lmo({"stem": 1.0, "head": -1.0}),
+        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "head": -1.0}),
         ValueError,
         "radius['head'] must be positive and finite, got -1.0",
     ),
     error(
         "radius_no_number_by_pattern",
-        lambda: dm.rms_lmo({"stem": None}),  # pyright: ignore[reportArgumentType]
+        lambda: lmo(dm.norms.rms_norm(), {"stem": None}),  # pyright: ignore[reportArgumentType]
         TypeError,
         "radius['stem'] must be a number or a scalar array, got None",
     ),
     error(
         "adaptive_radius_with_negative_l0",
-        lambda: dm.adaptive_radius(-1.0),
+        lambda: dm.schedules.adaptive_radius(-1.0),
         ValueError,
         "l0 must be at least 0 and finite, got -1.0",
     ),
     error(
         "adaptive_radius_with_negative_l1",
-        lambda: dm.adaptive_radius(1.0, -2.0),
+        lambda: dm.schedules.adaptive_radius(1.0, -2.0),
         ValueError,
         "l1 must be at least 0 and finite, got -2.0",
     ),
     error(
         "adaptive_radius_of_zeros",
-        lambda: dm.adaptive_radius(0, 0.0),
+        lambda: dm.schedules.adaptive_radius(0, 0.0),
         ValueError,
         "l0 and l1 are both 0, which makes the radius infinite",
     ),
     error(
         "adaptive_radius_of_words",
-        lambda: dm.adaptive_radius("1"),  # pyright: ignore[reportArgumentType]
+        lambda: dm.schedules.adaptive_radius("1"),  # pyright: ignore[reportArgumentType]
         TypeError,
         "l0 must be a number or a scalar array, got '1'",
     ),
     error(
         "gluon_radius_negative",
-        lambda: dm.gluon_radius(-1),
+        lambda: dm.schedules.gluon_radius(-1),
         ValueError,
         "radius must be positive and finite, got -1",
     ),
@@ -1230,7 +1350,7 @@ MOMENTUM_ERRORS = [
             f"update() got '{name}'",
             "gradient of the last step, on another batch",
             "prev_params_grads",
-            "dm.mars_momentum",
+            "dm.transforms.mars_momentum",
         )
         for name in ("prev_grads", "last_gradient", "grads_prev", "old_step_grads", "g_prev")
     ),
@@ -1254,7 +1374,7 @@ MOMENTUM_ERRORS = [
         ),
         ValueError,
         "prev_params_grads must have the leaves of the gradients",
-        "'tail' is not among them",
+        "'tail' is only in prev_params_grads",
     ),
     error(
         "second_gradient_of_another_shape",
@@ -1275,7 +1395,9 @@ MOMENTUM_ERRORS = [
     ),
     error(
         "keep_prev_params_without_params",
-        lambda: dm.keep_prev_params().update(PARAMS, dm.keep_prev_params().init(PARAMS)),
+        lambda: dm.transforms.keep_prev_params().update(
+            PARAMS, dm.transforms.keep_prev_params().init(PARAMS)
+        ),
         ValueError,
         "keep_prev_params keeps the parameters: pass them to update",
     ),
@@ -1307,27 +1429,21 @@ MOMENTUM_ERRORS = [
     ),
     error(
         "q_schedule_not_called",
-        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_q),
+        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_q),
         TypeError,
-        "q is dm.mvr_q itself: call it",
+        "q is dm.schedules.mvr_q itself: call it",
     ),
     error(
         "q_is_another_schedule_not_called",
-        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_decay),
+        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_decay),
         TypeError,
-        "q is dm.mvr_decay itself: call it",
+        "q is dm.schedules.mvr_decay itself: call it",
     ),
     error(
         "rate_schedule_not_called",
-        lambda: dm.muon_mvr(dm.star_convex_rate, 3.0),
+        lambda: dm.muon(dm.schedules.star_convex_rate, momentum=dm.mvr_momentum()),
         TypeError,
-        "learning_rate is dm.star_convex_rate itself: call it",
-    ),
-    error(
-        "first_rate_above_the_weight_of_the_new_gradient",
-        lambda: dm.muon_mvr(dm.star_convex_rate(), 3.0, decay=np.float32(0.5)),
-        ValueError,
-        "1 - decay ≥ learning_rate, and 1 - 0.5 < 1.0",
+        "learning_rate is dm.schedules.star_convex_rate itself: call it",
     ),
     error(
         "second_gradient_in_masked",
@@ -1345,13 +1461,14 @@ MOMENTUM_ERRORS = [
             prev_params_grads={"0": jnp.ones(2)},
         ),
         ValueError,
-        "their containers differ: a list or attribute against a dict",
+        "prev_params_grads must have the leaves of the gradients: the containers differ",
     ),
     error(
         "second_gradient_of_another_structure_in_per_layer",
         lambda: updated(dm.per_layer(optax.sgd(1.0), LAYERS), prev_params_grads=KERNELS),
         ValueError,
-        "prev_params_grads must have the leaves of the gradients, and 'head/bias' is missing",
+        "prev_params_grads must have the leaves of the gradients",
+        "'head/bias' is missing",
     ),
     error(
         "mvr_in_per_layer",
@@ -1391,19 +1508,24 @@ MOMENTUM_ERRORS = [
     error(
         "previous_parameters_kept_twice",
         lambda: dm.prev_params(
-            optax.chain(dm.keep_prev_params(), dm.mvr_momentum()).init(PARAMS), PARAMS
+            optax.chain(dm.transforms.keep_prev_params(), dm.mvr_momentum()).init(PARAMS), PARAMS
         ),
         ValueError,
         "opt_state keeps the previous parameters of 'head/bias' twice",
     ),
     error(
         "decay_schedule_not_called",
-        lambda: dm.mvr_momentum(dm.mvr_decay),
+        lambda: dm.mvr_momentum(dm.schedules.mvr_decay),
         TypeError,
-        "decay is dm.mvr_decay itself: call it",
+        "decay is dm.schedules.mvr_decay itself: call it",
     ),
     error("mvr_decay_of_one", lambda: dm.mvr_momentum(1.0), ValueError, "must lie in [0, 1)"),
-    error("mars_decay_of_one", lambda: dm.mars_momentum(1.0), ValueError, "must lie in [0, 1)"),
+    error(
+        "mars_decay_of_one",
+        lambda: dm.transforms.mars_momentum(1.0),
+        ValueError,
+        "must lie in [0, 1)",
+    ),
     error(
         "start_unknown",
         lambda: dm.mvr_momentum(start="zeros"),
@@ -1412,10 +1534,10 @@ MOMENTUM_ERRORS = [
         "Did you mean 'zero'?",
     ),
     error(
-        "on_waking_unknown",
-        lambda: dm.mvr_momentum(on_waking="reset"),
+        "on_reactivate_unknown",
+        lambda: dm.mvr_momentum(on_reactivate="reset"),
         ValueError,
-        "on_waking must be one of ['correct', 'decay', 'restart'], got 'reset'",
+        "on_reactivate must be one of ['correct', 'decay', 'restart'], got 'reset'",
     ),
     error(
         "the_state_of_another_momentum",
@@ -1436,19 +1558,19 @@ MOMENTUM_ERRORS = [
     ),
     error(
         "the_state_of_mvr_in_mars",
-        lambda: dm.mars_momentum().update(PARAMS, dm.mvr_momentum().init(PARAMS)),
+        lambda: dm.transforms.mars_momentum().update(PARAMS, dm.mvr_momentum().init(PARAMS)),
         TypeError,
         "The state given to mars_momentum is that of another momentum",
     ),
     error(
         "a_schedule_of_q_as_decay",
-        lambda: dm.mvr_momentum(dm.mvr_q()),
+        lambda: dm.mvr_momentum(dm.schedules.mvr_q()),
         ValueError,
         "decay is the weight of the past and must lie in [0, 1), got 1.0",
     ),
     error(
         "a_schedule_of_decay_as_q",
-        lambda: dm.mvr_momentum(variant=2, q=dm.mvr_decay()),
+        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_decay()),
         ValueError,
         "q is the weight of the new gradient",
         "got 0.0",
@@ -1466,10 +1588,30 @@ MOMENTUM_ERRORS = [
         TypeError,
         "prev_params_dtype must be of a floating-point dtype, got int8",
     ),
-    error("kept_dtype", lambda: dm.keep_prev_params(jnp.int8), TypeError, "dtype", "int8"),
-    error("gamma_negative", lambda: dm.mars_momentum(gamma=-1.0), ValueError, "gamma", "-1.0"),
-    error("max_norm_zero", lambda: dm.mars_momentum(max_norm=0.0), ValueError, "max_norm", "0.0"),
-    error("mars_dtype", lambda: dm.mars_momentum(dtype=jnp.int32), TypeError, "dtype", "int32"),
+    error(
+        "kept_dtype", lambda: dm.transforms.keep_prev_params(jnp.int8), TypeError, "dtype", "int8"
+    ),
+    error(
+        "gamma_negative",
+        lambda: dm.transforms.mars_momentum(gamma=-1.0),
+        ValueError,
+        "gamma",
+        "-1.0",
+    ),
+    error(
+        "max_norm_zero",
+        lambda: dm.transforms.mars_momentum(max_norm=0.0),
+        ValueError,
+        "max_norm",
+        "0.0",
+    ),
+    error(
+        "mars_dtype",
+        lambda: dm.transforms.mars_momentum(dtype=jnp.int32),
+        TypeError,
+        "dtype",
+        "int32",
+    ),
     error(
         "no_previous_parameters_at_all",
         lambda: dm.prev_params(dm.momentum().init(PARAMS), PARAMS),
@@ -1482,7 +1624,7 @@ MOMENTUM_ERRORS = [
         lambda: dm.prev_params(dm.mvr_momentum().init(KERNELS), PARAMS),
         ValueError,
         "opt_state keeps no previous parameters of 'head/bias'",
-        "dm.keep_prev_params()",
+        "dm.transforms.keep_prev_params()",
     ),
     error(
         "previous_parameters_under_accumulation",
@@ -1517,37 +1659,43 @@ MOMENTUM_ERRORS = [
     ),
     error(
         "constrained_rate_above_one",
-        lambda: dm.muon_mvr(1.5, 3.0),
+        lambda: dm.scion(1.5, {"hidden": 3.0}, momentum=dm.mvr_momentum()),
         ValueError,
         "learning_rate",
         "at most 1, got 1.5",
     ),
     error(
-        "weight_of_the_new_gradient_below_the_rate",
-        lambda: dm.muon_mvr(0.2, 3.0, decay=0.9),
+        "ball_of_radius_zero",
+        lambda: dm.scion(0.2, {"hidden": 0.0}),
         ValueError,
-        "1 - decay ≥ learning_rate",
-        "dm.mvr_momentum",
+        "radii['hidden'] must be positive and finite, got 0.0",
     ),
-    error("ball_of_radius_zero", lambda: dm.muon_mvr(0.2, 0.0), ValueError, "radius", "0.0"),
-    error("radius_schedule", lambda: dm.mvr_radius(0.0), ValueError, "radius must be positive"),
+    error(
+        "radius_schedule",
+        lambda: dm.schedules.mvr_radius(0.0),
+        ValueError,
+        "radius must be positive",
+    ),
     error(
         "radius_schedule_not_called",
-        lambda: dm.gluon_mvr(dm.mvr_radius),
+        lambda: dm.gluon(dm.schedules.mvr_radius),
         TypeError,
-        "learning_rate is dm.mvr_radius itself",
+        "learning_rate is dm.schedules.mvr_radius itself",
     ),
-    error(
-        "gluon_mvr_with_a_mask",
-        lambda: updated(dm.gluon_mvr(0.1), KERNELS, layer_mask=LAYERS.mask(0)),
-        TypeError,
-        "gluon_mvr updates every layer and takes no layer_mask; use drop_gluon(…, momentum=",
-    ),
-    error(
-        "muon_mvr_with_a_mask",
-        lambda: updated(dm.muon_mvr(0.1, 3.0), KERNELS, layer_mask=LAYERS.mask(0)),
-        TypeError,
-        "muon_mvr updates every layer and takes no layer_mask; use drop_scion(…, momentum=",
+    *(
+        error(
+            f"{name}_with_mvr_and_a_mask",
+            lambda tx=tx: updated(tx, layer_mask=LAYERS.mask(0), prev_params_grads=PARAMS),
+            TypeError,
+            f"{name} updates every layer and takes no layer_mask or depth; use drop_{name}.",
+        )
+        for name, tx in (
+            ("gluon", dm.gluon(0.1, momentum=dm.mvr_momentum())),
+            (
+                "scion",
+                dm.scion(0.1, dict.fromkeys(dm.layers.ROLES, 3.0), momentum=dm.mvr_momentum()),
+            ),
+        )
     ),
 ]
 
@@ -1623,17 +1771,53 @@ OPTIMIZER_ERRORS = [
         "Did you mean 'matrix'?",
     ),
     error(
-        "draws_for_multi_steps",
-        lambda: SAMPLER.attach_to(optax.MultiSteps(SAMPLER, 2)),
+        "step_of_multi_steps",
+        lambda: dm.train_step(loss_fn, optax.MultiSteps(drop_muon(), 2), SAMPLER),
         TypeError,
-        "transformation must be an optax.GradientTransformation, got a MultiSteps",
-        "Give its gradient_transformation()",
+        "optimizer must be an optax.GradientTransformation, got a MultiSteps",
+        "Give optax.GradientTransformationExtraArgs(steps.init, steps.update)",
     ),
     error(
         "no_transforms",
         lambda: dm.chain_subtrees({}, {}),
         ValueError,
         "transforms is empty; give one transformation for each label",
+    ),
+    error(
+        "auxiliary_descends",
+        lambda: dm.check_optimizer(drop_muon(auxiliary=optax.adamw(1e-3)), PARAMS, LAYERS),
+        ValueError,
+        "Leaf 'head/bias' moves along its gradient: the optimizer climbs there",
+        "optax.scale_by_adam() in place of",
+        "auxiliary_learning_rate",
+    ),
+    error(
+        "momentum_descends",
+        lambda: dm.check_optimizer(dm.muon(0.1, momentum=optax.sgd(0.1)), PARAMS),
+        ValueError,
+        "Leaf 'head/kernel' moves along its gradient: the optimizer climbs there",
+    ),
+    error(
+        "no_learning_rate",
+        lambda: dm.check_optimizer(dm.momentum(), PARAMS),
+        ValueError,
+        "moves along its gradient",
+        "end a chain of your own with optax.scale_by_learning_rate(…)",
+    ),
+    error(
+        "frozen_parameters_that_move",
+        lambda: dm.check_optimizer(optax.chain(LINK, optax.adam(0.1)), PARAMS, LAYERS),
+        ValueError,
+        "moves in a step in which its layer is not active",
+        "dm.per_layer(…, layers), or before dm.layer_mask_sampler(layers, …)",
+    ),
+    error(
+        "frozen_state_that_moves",
+        lambda: dm.check_optimizer(optax.chain(optax.adam(0.1), LINK), PARAMS, LAYERS),
+        ValueError,
+        "The state",
+        "of leaf 'mid/bias' changes in a step in which its layer is not active",
+        "dm.per_layer(…, layers)",
     ),
 ]
 
@@ -1673,7 +1857,7 @@ STACK_ERRORS = [
         "stack_of_an_empty_axis",
         lambda: stack_layers(dm.stacked("*"), params={"a": jnp.ones((0, 2))}),
         ValueError,
-        "need a leading axis of one size, a row for each layer",
+        "need a leading axis of one size, an entry for each layer",
     ),
     error(
         "stack_misspelt",
@@ -1738,7 +1922,7 @@ STACK_ERRORS = [
         ),
         ValueError,
         "layer_mask has shape (4,) at 'blocks/b', and the leaf (5, 4)",
-        "one boolean for each row",
+        "one boolean for each layer of the stack",
     ),
     error(
         "mask_of_numbers_for_rows",
@@ -1770,7 +1954,7 @@ STACK_ERRORS = [
             layer_mask=STACK_LAYERS.mask(3),
         ),
         TypeError,
-        "layer_mask tells the rows of the stack 'blocks/b' apart",
+        "layer_mask tells the layers of the stack 'blocks/b' apart",
         "dm.per_layer(…, layers, takes_mask=True)",
     ),
     *(
@@ -1780,32 +1964,16 @@ STACK_ERRORS = [
                 tx, {"w": jnp.ones((3, 2, 2))}, layer_mask={"w": np.arange(3) > 1}
             ),
             TypeError,
-            "layer_mask tells the rows of the stack 'w' apart, which this transformation does not",
+            "layer_mask tells the layers of the stack 'w' apart, which this transformation does",
             "dm.per_layer(…, layers, takes_mask=True)",
         )
         for name, tx in (
             ("momentum", dm.momentum()),
             ("mvr_momentum", dm.mvr_momentum()),
-            ("mars_momentum", dm.mars_momentum()),
-            ("keep_prev_params", dm.keep_prev_params()),
+            ("mars_momentum", dm.transforms.mars_momentum()),
+            ("keep_prev_params", dm.transforms.keep_prev_params()),
             ("an_lmo", dm.newton_schulz_lmo(dimension_numbers=spec(1, 2))),
         )
-    ),
-    error(
-        "state_that_changes_its_dtype",
-        lambda: updated(
-            dm.per_layer(
-                optax.GradientTransformation(
-                    lambda params: jnp.zeros(()),
-                    lambda updates, state, params=None: (updates, state.astype(jnp.bfloat16)),
-                ),
-                STACK_LAYERS,
-            ),
-            STACK,
-        ),
-        TypeError,
-        "inner changes the dtype of its state '' from float32 to bfloat16",
-        "mu_dtype",
     ),
     error(
         "mask_of_rows_for_a_leaf_that_is_not_stacked",
@@ -1815,22 +1983,30 @@ STACK_ERRORS = [
             layer_mask=STACK_LAYERS.mask(0) | {"embed": np.ones(3, bool)},
         ),
         ValueError,
-        "layer_mask has rows at 'embed', which is not stacked in these layers",
+        "layer_mask is a vector at 'embed', which is not stacked in these layers",
+    ),
+    error(
+        "mask_for_an_inner_that_takes_none",
+        lambda: dm.per_layer(optax.scale_by_adam(), STACK_LAYERS, takes_mask=True),
+        TypeError,
+        "takes_mask=True is for an inner that looks at layer_mask",
+        "leave takes_mask out",
     ),
     error(
         "mask_for_an_inner_that_ignores_it",
-        lambda: dm.per_layer(optax.scale_by_adam(), STACK_LAYERS, takes_mask=True),
+        lambda: dm.check_optimizer(
+            dm.per_layer(optax.chain(optax.adam(0.1)), STACK_LAYERS, takes_mask=True),
+            STACK,
+            STACK_LAYERS,
+        ),
         ValueError,
-        "takes_mask=True is for an inner that looks at layer_mask",
-        "leave takes_mask out",
+        "changes in a step in which its layer is not active",
     ),
     error(
         "rows_of_rows",
         lambda: dm.drop_muon(
             0.1,
             STACK_LAYERS,
-            UNIFORM,
-            seed=0,
             momentum=dm.per_layer(optax.trace(0.9), STACK_LAYERS),
         ).init(STACK),
         ValueError,
@@ -1962,13 +2138,30 @@ def test_a_seed_that_is_no_integer_is_a_type_error(seed):
     ("name", "factory"),
     [
         pytest.param("radius", dm.newton_schulz_lmo, id="newton_schulz_lmo"),
-        pytest.param("step_size", dm.sign_sharp, id="sign_sharp"),
+        pytest.param(
+            "step_size",
+            functools.partial(dm.transforms.norm_sharp, dm.norms.sign_norm()),
+            id="norm_sharp",
+        ),
         pytest.param("decay", dm.momentum, id="momentum"),
         pytest.param("decay", dm.mvr_momentum, id="mvr_momentum"),
-        pytest.param("gamma", dm.mars_momentum, id="mars_momentum"),
+        pytest.param("gamma", dm.transforms.mars_momentum, id="mars_momentum"),
         pytest.param("learning_rate", drop_muon, id="drop_muon"),
     ],
 )
 def test_a_hyperparameter_that_is_no_number_is_a_type_error(name, factory, value):
     with pytest.raises(TypeError, match=name):
         factory(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        {*inspect.signature(optax.contrib.muon).parameters}
+        - {*inspect.signature(dm.muon).parameters}
+    ),
+)
+@pytest.mark.parametrize("muon", [functools.partial(dm.muon, 0.1), drop_muon])
+def test_an_argument_of_optax_muon_names_what_says_the_same_here(muon, name):
+    with pytest.raises(TypeError, match=f"muon.. has no argument '{name}': say .*"):
+        muon(**{name: None})

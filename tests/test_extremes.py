@@ -252,9 +252,7 @@ def network(seed: int, dtype: Any = jnp.float32) -> dict[str, dict[str, jax.Arra
 
 LAYERS = dm.layers_by_path(network(0), ["stem", "mid", "head"])
 OPTIMIZERS: dict[str, Any] = {
-    "drop_muon": dm.drop_muon(
-        0.1, LAYERS, dm.uniform_depth(), seed=0, momentum=dm.momentum(nesterov=True)
-    ),
+    "drop_muon": dm.drop_muon(0.1, LAYERS, momentum=dm.momentum(nesterov=True)),
     "muon": dm.muon(0.1),
 }
 over_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -27,12 +27,13 @@ def test_nnx_optimizer_takes_the_same_steps_as_optax():
     model = Net(nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     layers = dm.layers_by_path(params, ["stem", "head"])
-    tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=1)
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=1)
+    tx = dm.drop_muon(0.1, layers)
     optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
     rng = np.random.default_rng(0)
     for step in range(6):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
-        mask = layers.mask(tx.depth(step))
+        mask = layers.mask(sampler.depth(step))
         updates, state = tx.update(grads, state, params, layer_mask=mask)
         params = optax.apply_updates(params, updates)
         optimizer.update(model, grads, layer_mask=mask)
@@ -82,8 +83,8 @@ def test_attention_kernels_are_named_by_patterns():
     numbers = {f"{name}/kernel": MuonDimensionNumbers(0, (1, 2)) for name in ("query", "key")}
     numbers["value/kernel"] = MuonDimensionNumbers(0, 2)  # head by head
     numbers["out/kernel"] = MuonDimensionNumbers((0, 1), 2)
-    lmo = dm.newton_schulz_lmo(shape_factor="muon", dimension_numbers=numbers, num_steps=12)
-    tx = dm.muon(1.0, lmo=lmo)
+    kernel = dm.orthogonalize.newton_schulz(num_steps=12)
+    tx = dm.muon(1.0, orthogonalize=kernel, dimension_numbers=numbers)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
     updates, _ = tx.update(grads, tx.init(params), params)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dropmuon_jax._layers._forward_order import LeafUses, leaf_uses
+from dropmuon_jax.layers.by_trace import leaf_uses
 
 STEM, BODY, HEAD = "z_stem", "m_body", "a_head"
 MLP = {STEM: jnp.ones((5, 7)), BODY: jnp.ones((7, 3)), HEAD: jnp.ones((3, 2))}
@@ -18,17 +18,17 @@ SQUARE = {STEM: jnp.ones((5, 7)), BODY: jnp.ones((4, 7, 7)), HEAD: jnp.ones((7, 
 X = jnp.ones((6, 5))
 
 
-def all_uses(loss_fn, params, *args) -> dict[str, LeafUses | None]:
-    """What `leaf_uses` finds, under the paths of the leaves."""
+def all_uses(loss_fn, params, *args) -> dict[str, tuple[int, ...] | None]:
+    """What `leaf_uses` finds, under the paths of the leaves: positions, the first one first."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found = leaf_uses(jax.make_jaxpr(loss_fn)(params, *args), len(paths))
     return dict(zip(paths, found, strict=True))
 
 
-def uses_by_path(loss_fn, params, *args) -> dict[str, LeafUses]:
+def uses_by_path(loss_fn, params, *args) -> dict[str, tuple[int, ...]]:
     """The leaves that are used, in the order of their first uses."""
     uses = {path: use for path, use in all_uses(loss_fn, params, *args).items() if use is not None}
-    return dict(sorted(uses.items(), key=lambda item: item[1].first))
+    return dict(sorted(uses.items(), key=lambda item: item[1][0]))
 
 
 def unused(loss_fn, params, *args) -> list[str]:
@@ -40,7 +40,7 @@ def order(loss_fn, params, *args) -> list[str]:
     """Names of the leaves (last component of the path) in the order of their first uses."""
     assert unused(loss_fn, params, *args) == []
     uses = uses_by_path(loss_fn, params, *args)
-    assert len({use.first for use in uses.values()}) == len(uses), f"ties: {uses}"
+    assert len({use[0] for use in uses.values()}) == len(uses), f"ties: {uses}"
     return [path.split("'")[-2] for path in uses]
 
 
@@ -90,9 +90,7 @@ def test_closed_over_batch_is_data(wrap):
         return mlp(scaled, jnp.asarray(batch))
 
     uses = uses_by_path(wrap(loss_fn), params)
-    assert uses["['b_gain']"].positions == tuple(
-        uses[f"['{name}']"].first for name in (STEM, BODY, HEAD)
-    )
+    assert uses["['b_gain']"] == tuple(uses[f"['{name}']"][0] for name in (STEM, BODY, HEAD))
 
 
 def test_closed_over_scalar_is_no_data():
@@ -171,7 +169,7 @@ def test_both_factors_of_a_low_rank_product_are_used_where_the_product_meets_the
 
     uses = uses_by_path(loss_fn, params, X)
     assert uses["['a_left']"] == uses["['c_right']"]
-    assert uses["['a_left']"].first > uses["['b_base']"].first
+    assert uses["['a_left']"][0] > uses["['b_base']"][0]
 
 
 def test_data_that_choose_between_two_weights_do_not_use_them():
@@ -270,7 +268,7 @@ def test_recurrent_weight_applied_to_a_learned_initial_state_is_used_in_the_loop
 
     uses = uses_by_path(loss_fn, params, X)
     head = uses.pop("['a_head']")
-    assert all(use.last < head.first for use in uses.values())
+    assert all(use[-1] < head[0] for use in uses.values())
 
 
 def test_reverse_scan_over_outputs_only_is_followed():
@@ -434,8 +432,8 @@ def test_tied_embedding_is_used_first_and_last():
 
     uses = uses_by_path(loss_fn, params, jnp.arange(6))
     embedding, body = uses["['b_embedding']"], uses["['a_body']"]
-    assert embedding.first < body.first == body.last < embedding.last
-    assert embedding.positions == (embedding.first, embedding.last)
+    assert embedding[0] < body[0] == body[-1] < embedding[-1]
+    assert embedding == (embedding[0], embedding[-1])
 
 
 def test_leaf_that_is_never_used_has_no_uses():
@@ -453,7 +451,7 @@ def test_dead_code_uses_nothing(wrap):
     params = {**MLP, "b_probe": jnp.ones((5, 5))}
     assert unused(wrap(loss_fn), params, X) == ["['b_probe']"]
     uses = uses_by_path(wrap(loss_fn), params, X)
-    assert all(len(use.positions) == 1 for use in uses.values())
+    assert all(len(use) == 1 for use in uses.values())
 
 
 def test_slot_of_a_loop_that_reaches_no_output_uses_nothing():
@@ -493,8 +491,8 @@ def test_regulariser_does_not_hide_the_first_use():
 
     assert order(loss_fn, MLP, X) == [STEM, BODY, HEAD]
     uses = uses_by_path(loss_fn, MLP, X).values()
-    assert {len(use.positions) for use in uses} == {2}
-    assert len({use.last for use in uses}) == 1
+    assert {len(use) for use in uses} == {2}
+    assert len({use[-1] for use in uses}) == 1
 
 
 def test_without_data_the_order_is_that_in_which_leaves_meet_arrays_and_each_other():
@@ -503,7 +501,7 @@ def test_without_data_the_order_is_that_in_which_leaves_meet_arrays_and_each_oth
 
     uses = uses_by_path(loss_fn, MLP)
     assert order(loss_fn, MLP) == [STEM, BODY, HEAD]
-    assert all(use.positions == (use.first,) for use in uses.values())
+    assert all(use == (use[0],) for use in uses.values())
 
 
 def test_without_data_normalising_the_parameters_up_front_does_not_count():
@@ -518,14 +516,14 @@ def test_leaf_alone_in_a_program_without_data_is_used_at_its_end():
     *others, alone = uses_by_path(loss_fn, {**MLP, "b_alone": jnp.ones(3)}).items()
     assert alone[0] == "['b_alone']"
     # Larger than the others, by no more than the loss takes after the last matrix product.
-    assert 1 <= alone[1].first - others[-1][1].first < 9
+    assert 1 <= alone[1][0] - others[-1][1][0] < 9
 
 
 def test_leaf_that_meets_the_data_is_not_used_where_it_reaches_an_output_without_them():
     def loss_fn(params, x):
         return mlp(params, x), sum(jnp.sum(leaf**2) for leaf in params.values())
 
-    assert {len(use.positions) for use in uses_by_path(loss_fn, MLP, X).values()} == {1}
+    assert {len(use) for use in uses_by_path(loss_fn, MLP, X).values()} == {1}
 
 
 def test_program_without_parameters_has_no_uses():

@@ -88,8 +88,8 @@ def test_curves_start_alike_and_fall(record):
 def test_depths_drawn_in_the_scan_are_those_of_the_seed(record, race):
     for curve in record["curves"]:
         if drops_layers(curve["method"]):
-            tx = race.method(curve["method"], 0.1, curve["seed"]).tx
-            assert curve["depths"] == [tx.depth(step) for step in range(6)]
+            sampler = race.method(curve["method"], 0.1, curve["seed"]).sampler
+            assert curve["depths"] == [sampler.depth(step) for step in range(6)]
         else:
             assert set(curve["depths"]) == {0}
 
@@ -165,7 +165,7 @@ def test_a_turn_takes_the_batches_and_the_count_of_its_steps(race):
 
 def test_distributions_are_those_of_the_names(race):
     chances = {
-        name: [race.method(name, 0.1, 0).tx.probabilities(step) for step in (0, 6)]
+        name: [race.method(name, 0.1, 0).sampler.probabilities(step) for step in (0, 6)]
         for name in METHODS
         if name not in ("optax_muon", "drop_muon_time_aware")
     }
@@ -192,7 +192,7 @@ def test_both_muons_orthogonalize_each_row_of_a_stack_and_no_table(name):
     )
     layers = dm.layers_by_path(params, ["tokens", dm.stacked("blocks")])
     numbers = {"learning_rate": 0.1, "auxiliary_learning_rate": 0.01, "num_steps": 10, "seed": 0}
-    tx, _ = make_method(name, layers, decay=0.9, alpha=0.5, depth_costs=list, **numbers)
+    tx, *_ = make_method(name, layers, decay=0.9, alpha=0.5, depth_costs=list, **numbers)
     updates, _ = tx.update(grads, tx.init(params), params, layer_mask=layers.mask(0))
     np.testing.assert_allclose(
         updates["tokens"]["embedding"], -0.01 * np.sign(grads["tokens"]["embedding"]), rtol=1e-3

@@ -67,7 +67,10 @@ def test_a_star_stays_inside_its_component():
 
 
 def test_layers_work_from_shapes_alone():
-    shapes = {"a": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((5,), int)}
+    shapes = {
+        "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16),
+    }
     assert dm.layers_by_path(shapes, ["a", "b"]).layer_sizes == (12, 5)
 
 
@@ -89,17 +92,22 @@ def test_the_table_shows_each_layer_with_its_share():
     ]
 
 
+def owners(layers):
+    """The layer of each leaf."""
+    return [leaf.layers[0] for leaf in layers.leaves]
+
+
 def test_groups_are_contiguous_and_of_similar_cost():
     params = [jnp.zeros(n) for n in (1, 1, 1, 9, 3, 3, 3, 9)]
     layers = dm.layers_by_path(params, [str(i) for i in range(8)])
     grouped = layers.group(3)
-    assert grouped.layer_of_leaf == (0, 0, 0, 0, 1, 1, 1, 2)
+    assert owners(grouped) == [0, 0, 0, 0, 1, 1, 1, 2]
     assert grouped.layer_sizes == (12, 9, 9)
 
 
 def test_groups_follow_given_costs():
     layers = dm.layers_by_path([jnp.zeros(1)] * 4, ["0", "1", "2", "3"])
-    assert layers.group(2, costs=[1.0, 1.0, 1.0, 9.0]).layer_of_leaf == (0, 0, 0, 1)
+    assert owners(layers.group(2, layer_costs=[1.0, 1.0, 1.0, 9.0])) == [0, 0, 0, 1]
     assert layers.group(4).names == layers.names
     assert layers.group(1).num_layers == 1
 
@@ -109,7 +117,7 @@ def test_every_grouping_is_the_best_of_all_cuts():
     for _ in range(20):
         costs = rng.integers(1, 20, size=6).tolist()
         layers = dm.layers_by_path([jnp.zeros(1)] * 6, [str(i) for i in range(6)])
-        owner = np.array(layers.group(3, costs=costs).layer_of_leaf)
+        owner = np.array(owners(layers.group(3, layer_costs=costs)))
         ours = sum(np.sum(np.array(costs)[owner == g]) ** 2 for g in range(3))
         best = min(
             sum(costs[:i]) ** 2 + sum(costs[i:j]) ** 2 + sum(costs[j:]) ** 2
@@ -144,7 +152,7 @@ class NnxNet(nnx.Module):
 
 def test_tracing_finds_the_layers_of_a_linen_cnn():
     model, x = LinenCNN(), jnp.zeros((2, 6, 6, 1))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     layers = dm.trace_layers(lambda p, x: model.apply({"params": p}, x).sum(), params, x)
     assert layers.names == ("Conv_0", "Conv_1", "Conv_2", "Dense_0")
     assert layers == dm.layers_by_path(params, ["Conv_0", "Conv_1", "Conv_2", "Dense_0"])
@@ -185,7 +193,7 @@ def test_a_penalty_on_all_parameters_is_no_shared_use():
 
     layers = dm.trace_layers(loss_fn, params, jnp.zeros((2, 3)))
     assert layers.names == ("b", "a", "c")
-    assert layers.shared_leaves == ()
+    assert not any(x.depths for x in layers.leaves)
 
 
 def test_a_leaf_beside_containers_is_a_layer_of_its_own():
@@ -214,3 +222,101 @@ def test_tracing_does_not_run_the_loss():
     x = jax.ShapeDtypeStruct((4, 10**6), jnp.float32)
     layers = dm.trace_layers(lambda p, x: jnp.sum(x @ p["w"]), params, x)
     assert layers.layer_sizes == (10**12,)
+
+
+# --- One layer for each module at a level ---------------------------------------------------------
+
+
+class Block(nnx.Module):
+    def __init__(self, width, rngs):
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, width, decode=False, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Tower(nnx.Module):
+    def __init__(self, rngs):
+        self.z_embed = nnx.Embed(7, 4, rngs=rngs)
+        self.blocks = nnx.List([Block(4, rngs) for _ in range(3)])
+        self.gain = nnx.Param(jnp.ones(4))
+        self.a_head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.z_embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.a_head(x * self.gain)
+
+
+def tower_layers(**options):
+    graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: Tower(nnx.Rngs(0))), nnx.Param, ...)
+
+    def loss_fn(params, tokens):
+        return nnx.merge(graphdef, params, rest, copy=True)(tokens).sum()
+
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    return params, dm.trace_layers(loss_fn, params, tokens, **options)
+
+
+def test_a_level_gives_one_layer_for_each_block():
+    params, layers = tower_layers(level=2)
+    blocks = ("blocks/0", "blocks/1", "blocks/2")
+    # What lies less deep than the level has the layers it has without one.
+    assert layers.names == ("z_embed", *blocks, "gain", "a_head")
+    assert layers == dm.layers_by_path(params, layers.names)
+    # The norm of the next block is in the mask of the next block alone.
+    assert "blocks/0/down/kernel" not in " ".join(active_paths(layers.mask(2)))
+
+
+def test_levels_go_from_children_of_the_root_to_innermost_containers():
+    params, whole = tower_layers(level=1)
+    assert whole.names == ("z_embed", "blocks", "gain", "a_head")
+    _, innermost = tower_layers()
+    assert innermost.num_layers == 3 + 3 * 7  # query, key, value and out are layers of their own
+    assert innermost.names[1:3] == ("blocks/0/norm", "blocks/0/attention/query")
+    for level in (4, 99):
+        assert tower_layers(level=level)[1] == innermost
+    assert dm.layers_by_path(params, whole.names) == whole
+
+
+def test_a_level_keeps_the_order_and_the_reports_of_first_uses():
+    # A block begins where the first of its leaves is used, be it the last by name.
+    params = {"b": {"z": {"w": jnp.ones((3, 4))}, "a": {"w": jnp.ones((4, 3))}}, "a": jnp.ones(3)}
+
+    def loss_fn(params, x):
+        x = jnp.tanh(x @ params["b"]["z"]["w"])
+        return jnp.sum((x @ params["b"]["a"]["w"]) * params["a"] @ params["b"]["z"]["w"])
+
+    layers = dm.trace_layers(loss_fn, params, jnp.ones((2, 3)), level=1)
+    assert layers.names == ("b", "a")
+    assert "'b/z/w' is used at depths 0, 1; it belongs to the shallowest, 0." in str(layers)
+
+
+@pytest.mark.parametrize(
+    ("level", "error", "match"),
+    [
+        (0, ValueError, "level must be at least 1, got 0"),
+        (True, TypeError, r"level must be a Python integer, got a truth value.*functools\.partial"),
+        (1.5, TypeError, r"level must be a Python integer, got 1\.5"),
+    ],
+)
+def test_a_level_is_a_positive_integer(level, error, match):
+    with pytest.raises(error, match=match):
+        dm.trace_layers(lambda p, x: jnp.sum(p["w"] * x), {"w": jnp.ones(2)}, 1.0, level=level)
+
+
+def test_a_mask_of_layers_from_another_tree_names_the_difference():
+    module, params = Affine(jnp.zeros(2), jnp.zeros(2)), {"weight": jnp.zeros(2)}
+    layers = dm.layers_by_path(params, ["weight"])
+    with pytest.raises(ValueError, match=r"'other' is in no layer.*with the leaves 'weight'"):
+        layers.rows_of({"other": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=r"'weight' is in no layer.* whose containers differ"):
+        layers.rows_of(module)
+    listed = dm.layers_by_path([jnp.zeros(2)], ["0"])
+    with pytest.raises(ValueError, match="whose containers differ, such as a list from a dict"):
+        listed.rows_of({"0": jnp.zeros(2)})

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dropmuon_jax as dm
-from dropmuon_jax._many_matrices._owners import Owners
+from dropmuon_jax.sharding.exchange import Owners
 
 MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -65,7 +65,7 @@ def shapes(**sizes: tuple[int, tuple[int, int]]) -> dict[str, jax.ShapeDtypeStru
 
 
 def test_whole_matrices_are_owned_where_there_are_enough():
-    (plan,) = dm.plan_layouts(shapes(w=(48, (1024, 1024))), AbstractMesh((8,), ("fsdp",)))
+    (plan,) = dm.sharding.plan_layouts(shapes(w=(48, (1024, 1024))), AbstractMesh((8,), ("fsdp",)))
     assert (plan.layout, plan.owner_axes, plan.matrices_held) == ("owner", ("fsdp",), 6)
     # Each matrix leaves and returns once: 7/8 of what a device will hold comes from elsewhere.
     assert plan.bytes_received == 2 * 7 / 8 * 6 * 1024**2 * 4
@@ -75,11 +75,11 @@ def test_whole_matrices_are_owned_where_there_are_enough():
 def test_two_axes_take_an_exchange_each_unless_it_is_known_what_they_shard():
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
     params = shapes(w=(48, (1024, 1024)))
-    (plan,) = dm.plan_layouts(params, mesh)
+    (plan,) = dm.sharding.plan_layouts(params, mesh)
     assert plan.owner_axes == ("tensor", "fsdp")
     assert plan.bytes_received == 2 * (3 / 4 + 1 / 2) * 6 * 1024**2 * 4
     placed = dict.fromkeys(params, NamedSharding(mesh, P("fsdp", "tensor")))
-    (plan,) = dm.plan_layouts(params, placed)
+    (plan,) = dm.sharding.plan_layouts(params, shardings=placed)
     assert plan.bytes_received == 2 * 7 / 8 * 6 * 1024**2 * 4
 
 
@@ -90,7 +90,7 @@ def test_bytes_follow_from_what_is_known_of_the_shardings():
     def received(spec: P, layout: str, **sizes: int) -> float:
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         placed = dict.fromkeys(params, NamedSharding(mesh, spec))
-        (plan,) = dm.plan_layouts(params, placed, layout=layout)
+        (plan,) = dm.sharding.plan_layouts(params, shardings=placed, layout=layout)
         return plan.bytes_received
 
     assert received(P(), "owner", data=8) == 7 / 8 * 8 * 2048
@@ -103,22 +103,25 @@ def test_bytes_follow_from_what_is_known_of_the_shardings():
 def test_with_more_devices_than_matrices_bytes_do_not_grow():
     params = shapes(w=(8, (1024, 1024)))
     few, many = (
-        dm.plan_layouts(params, AbstractMesh((data, 8), ("data", "fsdp")))[0] for data in (1, 64)
+        dm.sharding.plan_layouts(params, AbstractMesh((data, 8), ("data", "fsdp")))[0]
+        for data in (1, 64)
     )
     assert many.flops == few.flops
     assert many.bytes_received <= few.bytes_received * 8 / 7
 
 
 def test_one_large_oblong_matrix_is_cut_along_its_longer_side():
-    (plan,) = dm.plan_layouts(shapes(head=(1, (768, 50257))), AbstractMesh((8,), ("fsdp",)))
+    (plan,) = dm.sharding.plan_layouts(
+        shapes(head=(1, (768, 50257))), AbstractMesh((8,), ("fsdp",))
+    )
     assert (plan.layout, plan.row_axes) == ("rows", ("fsdp",))
     assert plan.slowdowns["owner"] > 3
 
 
 def test_a_slow_network_replicates_a_small_matrix():
     params, mesh = shapes(w=(1, (16, 16))), AbstractMesh((8,), ("fsdp",))
-    (fast,) = dm.plan_layouts(params, mesh, flops_per_byte=1.0)
-    (slow,) = dm.plan_layouts(params, mesh, flops_per_byte=1e9)
+    (fast,) = dm.sharding.plan_layouts(params, mesh, flops_per_byte=1.0)
+    (slow,) = dm.sharding.plan_layouts(params, mesh, flops_per_byte=1e9)
     assert slow.layout == "replicated" != fast.layout
 
 
@@ -127,19 +130,19 @@ def test_a_slow_network_replicates_a_small_matrix():
 def test_the_automatic_layout_is_never_slower_by_its_own_count(layout, flops_per_byte):
     params = shapes(a=(3, (256, 256)), b=(9, (256, 1024)), c=(1, (64, 8000)))
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
-    for of_shape in dm.plan_layouts(params, mesh, flops_per_byte=flops_per_byte):
+    for of_shape in dm.sharding.plan_layouts(params, mesh, flops_per_byte=flops_per_byte):
         assert of_shape.slowdowns.get(layout, 1.0) >= 1 - 1e-12
 
 
 @pytest.mark.parametrize("layout", ["auto", "owner", "rows", "replicated"])
 def test_one_device_has_everything(layout):
     mesh = AbstractMesh((1, 1), ("data", "fsdp"))
-    (plan,) = dm.plan_layouts(shapes(w=(3, (64, 64))), mesh, layout=layout)
+    (plan,) = dm.sharding.plan_layouts(shapes(w=(3, (64, 64))), mesh, layout=layout)
     assert (plan.layout, plan.matrices_held, plan.bytes_received) == ("replicated", 3, 0)
 
 
 def test_an_svd_is_not_cut():
-    plan = dm.plan_layouts(
+    plan = dm.sharding.plan_layouts(
         shapes(head=(1, (768, 50257))),
         AbstractMesh((8,), ("fsdp",)),
         orthogonalize=lambda x: x,
@@ -157,11 +160,17 @@ def test_masks_stacks_and_shardings_are_planned_as_they_will_run():
         "blocks": {name: NamedSharding(mesh, spec) for name, spec in specs.items()},
         "bias": NamedSharding(mesh, P()),
     }
-    (plan,) = dm.plan_layouts(params, placed, layers=layers)  # one of them is transposed
+    (plan,) = dm.sharding.plan_layouts(
+        params, shardings=placed, layers=layers
+    )  # one of them is transposed
     assert plan.num_matrices == 24
-    (plan,) = dm.plan_layouts(params, placed, layers=layers, layer_mask=layers.mask(9))
+    (plan,) = dm.sharding.plan_layouts(
+        params, shardings=placed, layers=layers, layer_mask=layers.mask(9)
+    )
     assert plan.num_matrices == 6
-    assert not dm.plan_layouts(params, placed, layers=layers, layer_mask=layers.mask(12))
+    assert not dm.sharding.plan_layouts(
+        params, shardings=placed, layers=layers, layer_mask=layers.mask(12)
+    )
     rows = jax.tree.map(lambda _: NamedSharding(mesh, P(("fsdp", "tensor"))), placed["blocks"])
-    (plan,) = dm.plan_layouts(params, placed | {"blocks": rows}, layers=layers)
+    (plan,) = dm.sharding.plan_layouts(params, shardings=placed | {"blocks": rows}, layers=layers)
     assert (plan.layout, plan.bytes_received) == ("owner", 0)

@@ -37,7 +37,7 @@ def test_the_update_attains_the_dual_norm_inside_the_ball(shape):
 
 def test_a_leaf_of_four_axes_is_the_convolution_of_an_image():
     x = random(3, 2, 4, 5)
-    np.testing.assert_array_equal(direction(x), direction(x, dimension_numbers="conv"))
+    np.testing.assert_array_equal(direction(x), direction(x, dimension_numbers="in_out"))
 
 
 def test_axes_in_neither_list_are_batch_axes():
@@ -77,14 +77,14 @@ CONVOLUTIONS = {"1d": (3, 2, 5), "2d": (3, 2, 2, 5), "3d": (2, 1, 3, 2, 5)}
 def test_a_convolution_of_any_dimension_is_the_matrix_of_its_patches(shape):
     x = random(*shape)
     expected = reference.polar_factor(x.reshape(-1, 5)).reshape(shape)
-    np.testing.assert_allclose(direction(x, dimension_numbers="conv"), expected, atol=1e-4)
+    np.testing.assert_allclose(direction(x, dimension_numbers="in_out"), expected, atol=1e-4)
 
 
 def test_only_the_leaves_of_a_pattern_are_convolutions():
     tree = {"conv": jnp.asarray(random(3, 2, 4), jnp.float32)}
     tree["heads"] = tree["conv"]
-    numbers = {"conv": "conv", "heads": MuonDimensionNumbers(1, 2)}
-    tx = dm.svd_lmo(shape_factor="scion", dimension_numbers=numbers)
+    numbers = {"conv": "in_out", "heads": MuonDimensionNumbers(1, 2)}
+    tx = dm.norm_lmo(dm.norms.spectral_norm("scion"), dimension_numbers=numbers)
     updates, _ = tx.update(tree, tx.init(tree))
     x = np.asarray(tree["conv"], np.float64)
     patches = reference.polar_factor(x.reshape(6, 4)).reshape(x.shape)
@@ -108,7 +108,7 @@ PAPERS = {
 def test_shape_factors_are_the_papers_in_the_layout_of_flax(name, shape):
     *window, channels, out = shape
     tree = {"w": jnp.asarray(random(*shape), jnp.float32)}
-    tx = dm.svd_lmo(shape_factor=name, dimension_numbers="conv")
+    tx = dm.norm_lmo(dm.norms.spectral_norm(name), dimension_numbers="in_out")
     scaled = np.asarray(tx.update(tree, tx.init(tree))[0]["w"]).reshape(-1, out)
     expected = PAPERS[name](out, channels, np.prod(window, dtype=int))
     np.testing.assert_allclose(
@@ -116,42 +116,35 @@ def test_shape_factors_are_the_papers_in_the_layout_of_flax(name, shape):
     )
 
 
-# --- Every named transformation is its norm, leaf by leaf -----------------------------------------
+# --- Every transformation is its norm, leaf by leaf -----------------------------------------------
 
-KERNEL = dm.newton_schulz(num_steps=2)
-# The LMO, the sharp operator, and the norm whose they are.
-TRANSFORMATIONS: dict[str, tuple[Any, Any, dm.Norm]] = {
-    "newton_schulz": (
-        functools.partial(dm.newton_schulz_lmo, shape_factor="muon", num_steps=2),
-        functools.partial(dm.newton_schulz_sharp, shape_factor="muon", num_steps=2),
-        dm.spectral_norm("muon", orthogonalize=KERNEL),
-    ),
-    "spectral": (
-        functools.partial(dm.spectral_lmo, KERNEL, shape_factor="moonlight"),
-        functools.partial(dm.spectral_sharp, KERNEL, shape_factor="moonlight"),
-        dm.spectral_norm("moonlight", orthogonalize=KERNEL),
-    ),
-    "svd": (
-        functools.partial(dm.svd_lmo, shape_factor="scion"),
-        functools.partial(dm.svd_sharp, shape_factor="scion"),
-        dm.spectral_norm("scion"),
-    ),
-    "norm": (
-        functools.partial(dm.norm_lmo, dm.nuclear_norm()),
-        functools.partial(dm.norm_sharp, dm.nuclear_norm()),
-        dm.nuclear_norm(),
-    ),
-    "sign": (dm.sign_lmo, dm.sign_sharp, dm.sign_norm()),
-    "sign_not_normalized": (
-        functools.partial(dm.sign_lmo, normalized=False),
-        functools.partial(dm.sign_sharp, normalized=False),
-        dm.sign_norm(normalized=False),
-    ),
-    "column": (dm.column_lmo, dm.column_sharp, dm.column_norm()),
-    "row": (dm.row_lmo, dm.row_sharp, dm.row_norm()),
-    "rms": (dm.rms_lmo, dm.rms_sharp, dm.rms_norm()),
-    "euclidean": (dm.euclidean_lmo, dm.euclidean_sharp, dm.euclidean_norm()),
+KERNEL = dm.orthogonalize.newton_schulz(num_steps=2)
+NORMS = {
+    "spectral": dm.norms.spectral_norm("moonlight", orthogonalize=KERNEL),
+    "svd": dm.norms.spectral_norm("scion"),
+    "nuclear": dm.norms.nuclear_norm(),
+    "sign": dm.norms.sign_norm(),
+    "sign_not_normalized": dm.norms.sign_norm(normalized=False),
+    "column": dm.norms.column_norm(),
+    "row": dm.norms.row_norm(),
+    "rms": dm.norms.rms_norm(),
+    "euclidean": dm.norms.euclidean_norm(),
 }
+# The LMO, the sharp operator, and the norm whose they are.
+TRANSFORMATIONS: dict[str, tuple[Any, Any, dm.norms.Norm]] = {
+    name: (
+        functools.partial(dm.norm_lmo, norm),
+        functools.partial(dm.transforms.norm_sharp, norm),
+        norm,
+    )
+    for name, norm in NORMS.items()
+}
+NEWTON_SCHULZ = dm.norms.spectral_norm("muon", orthogonalize=KERNEL)
+TRANSFORMATIONS["newton_schulz"] = (
+    functools.partial(dm.newton_schulz_lmo, shape_factor="muon", num_steps=2),
+    functools.partial(dm.transforms.norm_sharp, NEWTON_SCHULZ),
+    NEWTON_SCHULZ,
+)
 OF_VECTORS = ("sign", "sign_not_normalized", "rms", "euclidean")
 OF_MATRICES = [name for name in TRANSFORMATIONS if name not in ("rms", "euclidean")]
 over_transformations = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -183,7 +176,7 @@ def assert_close(actual: Any, expected: Any) -> None:
 def test_an_lmo_of_a_tree_is_minus_its_norms_lmo_of_each_leaf(name):
     make, _, norm = TRANSFORMATIONS[name]
     tree = gradients(name)
-    expected = jax.tree.map(lambda leaf: -norm.lmo(leaf, 0.3), tree)
+    expected = jax.tree.map(lambda leaf: -norm.argmin(leaf, 0.3), tree)
     assert_close(steps(make(0.3), tree), expected)
 
 
@@ -201,7 +194,7 @@ def test_each_matrix_of_a_batch_has_a_step_of_its_own(name):
     # Of very different lengths, and with the batch in the middle.
     stack = jnp.asarray(random(6, 2, 4), jnp.float32) * jnp.array([[[1e-2], [1.0]]])
     numbers = MuonDimensionNumbers(reduction_axis=0, output_axis=2)
-    for make, step in ((lmo, lambda x: -norm.lmo(x)), (sharp, norm.sharp)):
+    for make, step in ((lmo, lambda x: -norm.argmin(x)), (sharp, norm.sharp)):
         actual = steps(make(dimension_numbers=numbers), {"w": stack})["w"]
         for i in range(2):
             assert_close(actual[:, i], step(stack[:, i]))
@@ -220,7 +213,9 @@ def test_a_tied_embedding_is_the_output_layer_that_it_transposes(name):
 def test_the_sign_of_a_tied_embedding_is_divided_by_its_features():
     table = jnp.asarray(random(6, 4), jnp.float32)
     numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=0)
-    update = steps(dm.sign_lmo(dimension_numbers=numbers), {"embedding": table})["embedding"]
+    update = steps(
+        dm.norm_lmo(dm.norms.sign_norm(), dimension_numbers=numbers), {"embedding": table}
+    )["embedding"]
     np.testing.assert_array_equal(update, np.sign(table) / 4)
 
 
@@ -248,7 +243,8 @@ def test_zero_gradients_give_zero_steps(name):
 
 def test_column_norms_leave_absent_tokens_where_they_are():
     gradient = jnp.asarray(random(6, 4), jnp.float32).at[2].set(0.0)
-    for tx in (dm.column_lmo(), dm.column_sharp()):
+    for make in TRANSFORMATIONS["column"][:2]:
+        tx = make()
         update = np.asarray(steps(tx, {"embedding": gradient})["embedding"])
         np.testing.assert_array_equal(update.any(axis=1), [True, True, False, True, True, True])
 

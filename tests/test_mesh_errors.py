@@ -41,31 +41,43 @@ ERRORS = {
     "a mesh by name": (
         lambda: dm.on_mesh(LMO, "fsdp"),
         TypeError,
-        r"mesh must be a jax.sharding.Mesh or a tree of NamedSharding",
+        r"mesh must be a jax.sharding.Mesh, got 'fsdp'.*shardings=",
+    ),
+    "shardings in the place of the mesh": (
+        lambda: dm.on_mesh(LMO, BOTH),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh, got a dict.*shardings=",
+    ),
+    "shardings on another mesh": (
+        lambda: dm.on_mesh(LMO, OTHER, shardings=BOTH),
+        ValueError,
+        r"on one mesh, \{'tensor': 1\}, and 'head' is on \{'fsdp': 1\}",
     ),
     "specs without a mesh": (
-        lambda: dm.on_mesh(LMO, {"stem": P("fsdp"), "head": P()}),
+        lambda: dm.on_mesh(LMO, shardings={"stem": P("fsdp"), "head": P()}),
         TypeError,
         r"NamedSharding.*at 'stem'|NamedSharding.*at 'head'",
     ),
-    "an empty tree": (lambda: dm.on_mesh(LMO, {}), TypeError, "got no leaf"),
+    "an empty tree": (lambda: dm.on_mesh(LMO, shardings={}), TypeError, "got no leaf"),
     "shardings on two meshes": (
-        lambda: dm.on_mesh(LMO, {"a": BOTH["stem"], "b": NamedSharding(OTHER, P())}),
+        lambda: dm.on_mesh(LMO, shardings={"a": BOTH["stem"], "b": NamedSharding(OTHER, P())}),
         ValueError,
-        r"several meshes.*'tensor'.*at 'b'",
+        r"one mesh.*'fsdp'.*'b' is on .*'tensor'",
     ),
     "a leaf without a sharding": (
-        lambda: dm.on_mesh(LMO, placed(stem=P())).init(PARAMS),
+        lambda: dm.on_mesh(LMO, shardings=placed(stem=P())).init(PARAMS),
         ValueError,
         r"no sharding for leaf 'head': it knows stem.*jax.tree.map\(lambda x: x.sharding",
     ),
     "a sharding without a leaf": (
-        lambda: dm.on_mesh(LMO, BOTH | placed(tail=P())).init(PARAMS),
+        lambda: dm.on_mesh(LMO, shardings=BOTH | placed(tail=P())).init(PARAMS),
         ValueError,
         "sharding for 'tail', and the parameters have no such leaf",
     ),
     "a sharding of more axes than the leaf": (
-        lambda: dm.on_mesh(LMO, placed(stem=P(None, None, "fsdp"), head=P())).init(PARAMS),
+        lambda: dm.on_mesh(LMO, shardings=placed(stem=P(None, None, "fsdp"), head=P())).init(
+            PARAMS
+        ),
         ValueError,
         r"'fsdp'.* for leaf 'stem', of shape \(4, 3\)",
     ),
@@ -82,7 +94,12 @@ ERRORS = {
     "shardings of another tree": (
         lambda: dm.state_shardings(dm.momentum(0.9), PARAMS, placed(stem=P())),
         ValueError,
-        "shardings has 1 leaves and the parameters 2",
+        r"shardings has 1 leaves and the parameters 2; they differ in \['head'\]",
+    ),
+    "a sharding that is missing": (
+        lambda: dm.state_shardings(dm.momentum(0.9), PARAMS, BOTH | {"head": None}),
+        ValueError,
+        r"they differ in \['head'\]",
     ),
     "state of no transformation": (
         lambda: dm.state_shardings(0.1, PARAMS, BOTH),
@@ -90,24 +107,27 @@ ERRORS = {
         "transformation",
     ),
     "a plan without a mesh": (
-        lambda: dm.plan_layouts(PARAMS, None),
+        lambda: dm.sharding.plan_layouts(PARAMS),
         TypeError,
-        "mesh must be a jax.sharding.Mesh",
+        "mesh must be a jax.sharding.Mesh.*give mesh or shardings",
+    ),
+    "a plan with shardings in the place of the mesh": (
+        lambda: dm.sharding.plan_layouts(PARAMS, BOTH),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh, got a dict.*shardings=",
     ),
     "a plan of stacks without layers": (
-        lambda: dm.plan_layouts({"blocks": jnp.ones((3, 4, 4))}, MESH),
+        lambda: dm.sharding.plan_layouts({"blocks": jnp.ones((3, 4, 4))}, MESH),
         ValueError,
         r"'blocks', of shape \(3, 4, 4\)",
     ),
     "a plan with another mask": (
-        lambda: dm.plan_layouts(PARAMS, MESH, layer_mask={"stem": True}),
+        lambda: dm.sharding.plan_layouts(PARAMS, MESH, layer_mask={"stem": True}),
         ValueError,
         "'head' is missing from the mask",
     ),
     "processes by a traced step": (
-        lambda: dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=0).check_processes(
-            jnp.int32(3)
-        ),
+        lambda: dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0).check_processes(jnp.int32(3)),
         TypeError,
         "step",
     ),
@@ -120,10 +140,10 @@ def test_bad_input_is_named_with_the_way_out(function, exception, words):
         function()
 
 
-def test_part_of_a_tree_may_be_told_of_the_whole():
+def test_part_of_a_tree_may_know_the_shardings_of_the_whole():
     """Inside chain_subtrees a transformation sees some leaves, and the shardings are of all."""
     tx = dm.chain_subtrees(
-        {"matrix": dm.on_mesh(LMO, BOTH), "other": optax.identity()},
+        {"matrix": dm.on_mesh(LMO, shardings=BOTH), "other": optax.identity()},
         {"stem": "matrix", "head": "other"},
     )
     updates, _ = jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
@@ -131,5 +151,5 @@ def test_part_of_a_tree_may_be_told_of_the_whole():
 
 
 def test_a_mesh_of_any_size_can_be_planned_for():
-    (plan, _) = dm.plan_layouts(PARAMS, AbstractMesh((1024,), ("fsdp",)))
+    (plan, _) = dm.sharding.plan_layouts(PARAMS, AbstractMesh((1024,), ("fsdp",)))
     assert plan.num_matrices == 1

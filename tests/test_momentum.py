@@ -37,14 +37,14 @@ def test_no_decay_is_the_gradient_itself():
     np.testing.assert_array_equal(updates["w"], grads["w"])
 
 
-def test_an_inactive_leaf_keeps_its_average_and_wakes_with_it():
+def test_an_inactive_leaf_keeps_its_average_and_goes_on_with_it():
     first, _, third = gradients(3)
     tx = dm.momentum(0.5)
     _, state = tx.update(first, tx.init(first))
-    updates, asleep = tx.update(first, state, layer_mask={"w": False})
+    updates, frozen = tx.update(first, state, layer_mask={"w": False})
     np.testing.assert_array_equal(updates["w"], jnp.zeros((3, 5)))
-    np.testing.assert_array_equal(asleep.momentum["w"], state.momentum["w"])
-    updates, _ = tx.update(third, asleep, layer_mask={"w": True})
+    np.testing.assert_array_equal(frozen.momentum["w"], state.momentum["w"])
+    updates, _ = tx.update(third, frozen, layer_mask={"w": True})
     np.testing.assert_allclose(updates["w"], 0.25 * first["w"] + 0.5 * third["w"], atol=1e-6)
 
 

@@ -19,22 +19,26 @@ import dropmuon_jax as dm
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPE_FACTORS = ("spectral", "muon", "moonlight", "rms_to_rms", "scion")
-NORMS: dict[str, dm.Norm] = {
-    **{name: dm.spectral_norm(name) for name in SHAPE_FACTORS},
-    "nuclear": dm.nuclear_norm(),
-    "sign": dm.sign_norm(),
-    "sign_not_normalized": dm.sign_norm(normalized=False),
-    "column": dm.column_norm(),
-    "row": dm.row_norm(),
-    "rms": dm.rms_norm(),
-    "euclidean": dm.euclidean_norm(),
+NORMS: dict[str, dm.norms.Norm] = {
+    **{name: dm.norms.spectral_norm(name) for name in SHAPE_FACTORS},
+    "nuclear": dm.norms.nuclear_norm(),
+    "sign": dm.norms.sign_norm(),
+    "sign_not_normalized": dm.norms.sign_norm(normalized=False),
+    "column": dm.norms.column_norm(),
+    "row": dm.norms.row_norm(),
+    "rms": dm.norms.rms_norm(),
+    "euclidean": dm.norms.euclidean_norm(),
 }
 OF_VECTORS = ("sign", "sign_not_normalized", "rms", "euclidean")
 # Where these take singular values of at least 1e-3, by newton_schulz_lmo's docstring.
 ITERATED = {
-    "muon_5_steps": (dm.spectral_norm("muon", orthogonalize=dm.newton_schulz()), 0.86, 1.14),
+    "muon_5_steps": (
+        dm.norms.spectral_norm("muon", orthogonalize=dm.orthogonalize.newton_schulz()),
+        0.86,
+        1.14,
+    ),
     "muon_7_steps": (
-        dm.spectral_norm("muon", orthogonalize=dm.newton_schulz(num_steps=7)),
+        dm.norms.spectral_norm("muon", orthogonalize=dm.orthogonalize.newton_schulz(num_steps=7)),
         1 - 1e-4,
         1 + 1e-4,
     ),
@@ -122,7 +126,7 @@ over_families = over(FAMILIES, "family")
 def test_the_lmo_attains_minus_radius_times_the_dual_norm(family, data, gradient, radius):
     norm = data.draw(st.sampled_from(family))
     expected = -radius * float(norm.dual_norm(gradient))
-    assert inner(gradient, norm.lmo(gradient, radius)) == pytest.approx(expected, rel=RTOL)
+    assert inner(gradient, norm.argmin(gradient, radius)) == pytest.approx(expected, rel=RTOL)
 
 
 @over_families
@@ -130,7 +134,7 @@ def test_the_lmo_attains_minus_radius_times_the_dual_norm(family, data, gradient
 @given(data=st.data(), gradient=gradients(), radius=radii)
 def test_the_lmo_lies_in_the_ball(family, data, gradient, radius):
     norm = data.draw(st.sampled_from(family))
-    assert norm.norm(norm.lmo(gradient, radius)) <= radius * (1 + RTOL)
+    assert norm.norm(norm.argmin(gradient, radius)) <= radius * (1 + RTOL)
 
 
 @over_families
@@ -149,7 +153,7 @@ def test_the_sharp_operator_attains_the_square_of_the_dual_norm(family, data, gr
 def test_lmo_and_sharp_are_multiples_of_the_direction(family, data, gradient, radius):
     norm = data.draw(st.sampled_from(family))
     direction = np.asarray(norm.direction(gradient))
-    np.testing.assert_allclose(norm.lmo(gradient, radius), -radius * direction, rtol=RTOL)
+    np.testing.assert_allclose(norm.argmin(gradient, radius), -radius * direction, rtol=RTOL)
     sharp = float(norm.dual_norm(gradient)) * direction
     np.testing.assert_allclose(norm.sharp(gradient), sharp, rtol=RTOL)
 
@@ -158,8 +162,8 @@ def test_lmo_and_sharp_are_multiples_of_the_direction(family, data, gradient, ra
 def test_vectors_obey_the_same_laws(norm):
     gradient, radius = random(7), 3.0
     dual = float(norm.dual_norm(gradient))
-    assert inner(gradient, norm.lmo(gradient, radius)) == pytest.approx(-radius * dual, rel=RTOL)
-    assert norm.norm(norm.lmo(gradient, radius)) == pytest.approx(radius, rel=RTOL)
+    assert inner(gradient, norm.argmin(gradient, radius)) == pytest.approx(-radius * dual, rel=RTOL)
+    assert norm.norm(norm.argmin(gradient, radius)) == pytest.approx(radius, rel=RTOL)
     assert inner(gradient, norm.sharp(gradient)) == pytest.approx(dual**2, rel=RTOL)
     assert float(norm.norm(norm.sharp(gradient))) == pytest.approx(dual, rel=RTOL)
 
@@ -167,7 +171,7 @@ def test_vectors_obey_the_same_laws(norm):
 @over(NORMS)
 def test_float32_obeys_the_laws_to_its_rounding(norm):
     gradient = random(6, 4).astype(jnp.float32)
-    dual, lmo, sharp = norm.dual_norm(gradient), norm.lmo(gradient, 2.0), norm.sharp(gradient)
+    dual, lmo, sharp = norm.dual_norm(gradient), norm.argmin(gradient, 2.0), norm.sharp(gradient)
     # Measured over 20 seeds: at most 1.3e-6.
     assert inner(gradient, lmo) == pytest.approx(-2 * float(dual), rel=5e-6)
     assert norm.norm(lmo) == pytest.approx(2, rel=5e-6)
@@ -181,7 +185,7 @@ def iterated(name: str) -> Callable[..., Any]:
     norm = ITERATED[name][0]
 
     def evaluate(gradient, radius):
-        lmo, sharp = norm.lmo(gradient, radius), norm.sharp(gradient)
+        lmo, sharp = norm.argmin(gradient, radius), norm.sharp(gradient)
         return norm.dual_norm(gradient), lmo, norm.norm(lmo), sharp, norm.norm(sharp)
 
     return jax.jit(evaluate)
@@ -368,7 +372,9 @@ def in_pytorch(kernel: Any) -> np.ndarray:
     return np.moveaxis(np.asarray(kernel), (-1, -2), (0, 1))
 
 
-def assert_is(norm: dm.Norm, paper: Paper, kernel: jax.Array, layout: Any = in_pytorch) -> None:
+def assert_is(
+    norm: dm.norms.Norm, paper: Paper, kernel: jax.Array, layout: Any = in_pytorch
+) -> None:
     weight = layout(kernel)
     assert norm.norm(kernel) == pytest.approx(paper.norm(weight), rel=RTOL)
     assert norm.dual_norm(kernel) == pytest.approx(paper.dual_norm(weight), rel=RTOL)
@@ -473,7 +479,7 @@ def test_steps_and_random_arrays_keep_their_dtype(norm, dtype):
     def arrays(gradient):
         key, shape = jax.random.key(0), gradient.shape
         drawn = norm.init(key, shape, dtype), norm.initializer(2.0)(key, shape, dtype)
-        return norm.direction(gradient), norm.lmo(gradient, 2.0), norm.sharp(gradient), *drawn
+        return norm.direction(gradient), norm.argmin(gradient, 2.0), norm.sharp(gradient), *drawn
 
     arrays = jax.eval_shape(arrays, jax.ShapeDtypeStruct((6, 4), dtype))
     assert [(array.shape, array.dtype) for array in arrays] == [((6, 4), dtype)] * 5
@@ -492,14 +498,14 @@ def test_lengths_of_half_precision_are_taken_in_float32(norm):
 @over(ALL_NORMS)
 def test_zero_gives_zero(norm):
     zero = jnp.zeros((6, 4))
-    for step in (norm.direction(zero), norm.lmo(zero, 3.0), norm.sharp(zero)):
+    for step in (norm.direction(zero), norm.argmin(zero, 3.0), norm.sharp(zero)):
         np.testing.assert_array_equal(step, zero)
 
 
 @over(ALL_NORMS)
 def test_a_nan_is_not_lost(norm):
     gradient = random(6, 4).at[1, 2].set(jnp.nan)
-    for step in (norm.direction(gradient), norm.lmo(gradient), norm.sharp(gradient)):
+    for step in (norm.direction(gradient), norm.argmin(gradient), norm.sharp(gradient)):
         assert jnp.isnan(step).any()
     assert jnp.isnan(norm.dual_norm(gradient))
     assert jnp.isnan(norm.norm(gradient))
@@ -509,7 +515,7 @@ def test_a_nan_is_not_lost(norm):
 @pytest.mark.parametrize("name", ["spectral", "nuclear"])
 def test_an_infinite_entry_gives_nan_and_comes_back(name, value):
     # The SVD of an infinity does not return on a CPU.
-    norm = {"spectral": dm.spectral_norm(), "nuclear": dm.nuclear_norm()}[name]
+    norm = {"spectral": dm.norms.spectral_norm(), "nuclear": dm.norms.nuclear_norm()}[name]
     gradient = random(6, 4).at[1, 2].set(value)
     assert jnp.isnan(norm.direction(gradient)).any()
     assert jnp.isnan(norm.norm(gradient))
@@ -520,7 +526,7 @@ def test_an_infinite_entry_gives_nan_and_comes_back(name, value):
 @over(ALL_NORMS)
 def test_an_empty_matrix_stays_empty(norm, shape):
     empty = jnp.zeros(shape)
-    for step in (norm.direction(empty), norm.lmo(empty, 3.0), norm.sharp(empty)):
+    for step in (norm.direction(empty), norm.argmin(empty, 3.0), norm.sharp(empty)):
         assert step.shape == shape
 
 
@@ -548,7 +554,12 @@ def test_a_matrix_of_low_rank_gets_no_direction_that_it_has_not():
 def test_jit_and_vmap_equal_plain_calls(norm):
     def everything(gradient, radius):
         lengths = norm.norm(gradient), norm.dual_norm(gradient)
-        return *lengths, norm.direction(gradient), norm.lmo(gradient, radius), norm.sharp(gradient)
+        return (
+            *lengths,
+            norm.direction(gradient),
+            norm.argmin(gradient, radius),
+            norm.sharp(gradient),
+        )
 
     gradients, radii = random(3, 6, 4), jnp.array([0.3, 1.0, 2.0])
     vmapped = jax.jit(jax.vmap(everything))(gradients, radii)

@@ -14,10 +14,12 @@ from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
 import reference
-from dropmuon_jax._orthogonalize._newton_schulz import _iterate
-from dropmuon_jax._orthogonalize._polynomials import resolve_polynomials
-from dropmuon_jax._orthogonalize._products import TF32, accelerator_products
-from dropmuon_jax._orthogonalize._segments import choose_segments, count_products
+from dropmuon_jax.orthogonalize.newton_schulz import TF32, _iterate, accelerator_products
+from dropmuon_jax.orthogonalize.polynomials import (
+    choose_segments,
+    count_products,
+    resolve_polynomials,
+)
 
 # --- Accuracy: the table of newton_schulz_lmo's docstring ----------------------------------------
 
@@ -59,7 +61,7 @@ def spectra(rank: int, smallest: float, rng: np.random.Generator) -> list[np.nda
 @functools.cache
 def compiled_iteration(coefficients: str, num_steps: int, dtype: str) -> Any:
     """One program for each shape, for every smallest singular value."""
-    return jax.jit(dm.newton_schulz(coefficients, num_steps=num_steps, dtype=dtype))
+    return jax.jit(dm.orthogonalize.newton_schulz(coefficients, num_steps=num_steps, dtype=dtype))
 
 
 def bases(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +95,7 @@ def test_singular_values_end_in_the_stated_band(
 def test_one_large_singular_value_is_the_worst_case_and_in_the_band(shape):
     """Rounding of XXᵀ is relative to the largest; measured [0.869, 1.138] and 0.019."""
     rng = np.random.default_rng(0)
-    orthogonalize = jax.jit(dm.newton_schulz())
+    orthogonalize = jax.jit(dm.orthogonalize.newton_schulz())
     rank = min(shape)
     for small in (1.05e-3, 1.5e-3, 2e-3, 3e-3, 5e-3):
         left, right = bases(shape, rng)
@@ -115,7 +117,7 @@ def test_every_coefficient_set_equals_float64_numpy(name, shape, num_steps):
     x = np.random.default_rng(0).normal(size=shape)
     rows, start = reference.published_rows(name, num_steps), reference.COEFFICIENTS[name][1]
     with jax.enable_x64(True):
-        ours = dm.newton_schulz(name, num_steps=num_steps)(jnp.asarray(x))
+        ours = dm.orthogonalize.newton_schulz(name, num_steps=num_steps)(jnp.asarray(x))
         matrices = x.reshape(-1, *shape[-2:])
         theirs = [reference.polynomial_polar_factor(matrix, rows, start) for matrix in matrices]
         np.testing.assert_allclose(ours.reshape(matrices.shape), theirs, atol=1e-11)
@@ -126,7 +128,7 @@ def test_own_rows_are_run_in_their_order_from_any_start(start):
     rows = ((3.0, -3.0, 1.0), (1.5, -0.5, 0.0), (2.0, -1.5, 0.5))
     x = np.random.default_rng(1).normal(size=(3, 8))
     expected = reference.polynomial_polar_factor(x, rows, start)
-    ours = dm.newton_schulz(rows, start=start)(jnp.asarray(x, jnp.float32))
+    ours = dm.orthogonalize.newton_schulz(rows, preconditioning=start)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -135,7 +137,7 @@ def test_the_result_has_the_dtype_of_the_array_whatever_the_iteration(dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 24)), dtype)
     exact = reference.polar_factor(np.asarray(x, np.float64))
     for iteration in ("bfloat16", "float16", "float32"):
-        ours = dm.newton_schulz(num_steps=8, dtype=iteration)(x)
+        ours = dm.orthogonalize.newton_schulz(num_steps=8, dtype=iteration)(x)
         assert ours.dtype == x.dtype
         # Two roundoffs of bfloat16 for each of the eight steps, at the worst.
         np.testing.assert_allclose(np.asarray(ours, np.float64), exact, atol=0.06)
@@ -151,7 +153,7 @@ def composed(rows: Any, x: np.ndarray) -> np.ndarray:
 
 
 def test_remez_gives_the_published_rows_of_polar_express():
-    ours = dm.polar_express_coefficients(8)
+    ours = dm.orthogonalize.polar_express_coefficients(8)
     np.testing.assert_allclose(ours, reference.POLAR_EXPRESS, rtol=0, atol=5e-9)
 
 
@@ -159,7 +161,7 @@ def test_remez_gives_the_published_rows_of_polar_express():
 def test_the_error_of_the_first_row_alternates_at_four_points(smallest):
     """Chebyshev's criterion: no odd quintic is nearer to 1 on the interval."""
     x = np.linspace(smallest, 1, 200_001)
-    error = composed(dm.polar_express_coefficients(1, smallest, cushion=0.0), x) - 1
+    error = composed(dm.orthogonalize.polar_express_coefficients(1, smallest, cushion=0.0), x) - 1
     largest = np.abs(error).max()
     touches = np.sign(error[np.abs(error) > largest * (1 - 1e-7)])
     assert [sign for sign, _ in itertools.groupby(touches)] == [-1, 1, -1, 1]
@@ -170,7 +172,7 @@ def test_the_error_of_the_first_row_alternates_at_four_points(smallest):
 def test_each_row_leaves_an_interval_around_one(smallest, num_steps):
     x = np.geomspace(smallest, 1, 50_001)
     for cushion in (0.0, 0.02407327424182761):
-        rows = dm.polar_express_coefficients(num_steps, smallest, cushion=cushion)
+        rows = dm.orthogonalize.polar_express_coefficients(num_steps, smallest, cushion=cushion)
         y = composed(rows, x)
         low, high = y.min(), y.max()
         assert 0 < low <= 1 <= high < 2
@@ -179,13 +181,15 @@ def test_each_row_leaves_an_interval_around_one(smallest, num_steps):
 
 def test_five_rows_are_steep_at_the_end_of_their_interval():
     """Why X is divided by a little more than one before each step in float32 too."""
-    rows, step = dm.polar_express_coefficients(5), 1e-8
+    rows, step = dm.orthogonalize.polar_express_coefficients(5), 1e-8
     slope = (composed(rows, 1 + step) - composed(rows, 1.0)) / step
     assert slope == pytest.approx(68_000, rel=0.02)
 
 
 def test_easing_divides_before_each_step():
-    plain, eased = (dm.polar_express_coefficients(2, ease=ease) for ease in (1.0, 1.25))
+    plain, eased = (
+        dm.orthogonalize.polar_express_coefficients(2, ease=ease) for ease in (1.0, 1.25)
+    )
     x = 0.3
     expected = composed(plain[1:], composed(plain[:1], x / 1.25) / 1.25)
     assert composed(eased, x) == pytest.approx(expected, rel=1e-12)
@@ -222,7 +226,7 @@ def test_a_rectangular_matrix_is_iterated_on_its_gram_matrix_and_a_square_one_is
 @pytest.mark.parametrize("shape", [(256, 256), (256, 350), (256, 450), (256, 1024)])
 @pytest.mark.parametrize("num_steps", [5, 7])
 def test_the_counted_cost_is_xlas(shape, num_steps):
-    rows = dm.polar_express_coefficients(num_steps)
+    rows = dm.orthogonalize.polar_express_coefficients(num_steps)
     segments = choose_segments(rows, *shape, 2.0**-24)
     flops = lower([shape], num_steps=num_steps).compile().cost_analysis()["flops"]
     # The elementwise rest is of lower order.
@@ -232,7 +236,7 @@ def test_the_counted_cost_is_xlas(shape, num_steps):
 @pytest.mark.parametrize("cols", [64, 95, 97, 640])
 def test_no_other_choice_of_segments_is_cheaper(cols):
     """Of all that rounding allows: those that refine the longest ones."""
-    rows = dm.polar_express_coefficients(6)
+    rows = dm.orthogonalize.polar_express_coefficients(6)
     longest = choose_segments(rows, 64, 100_000, 2.0**-24)
     cuts = set(itertools.accumulate(longest))
     chosen = count_products(choose_segments(rows, 64, cols, 2.0**-24), 64, cols)
@@ -243,7 +247,10 @@ def test_no_other_choice_of_segments_is_cheaper(cols):
 
 
 def test_the_iteration_starts_afresh_where_rounding_would_pass_the_polynomials_error():
-    five, seven = dm.polar_express_coefficients(5), dm.polar_express_coefficients(7)
+    five, seven = (
+        dm.orthogonalize.polar_express_coefficients(5),
+        dm.orthogonalize.polar_express_coefficients(7),
+    )
     wide = (64, 6400)
     assert choose_segments(five, *wide, 2.0**-24) == (5,)  # float32
     assert choose_segments(seven, *wide, 2.0**-24) == (2, 2, 3)
@@ -280,7 +287,7 @@ def test_half_precision_on_an_accelerator_gives_what_it_gives_on_a_cpu(name):
     polynomials = resolve_polynomials(name, None, None)
     products = accelerator_products(jnp.float16, None, TF32)
     accelerator = _iterate(x, polynomials, products)
-    cpu = dm.newton_schulz(name, dtype="float16")(x)
+    cpu = dm.orthogonalize.newton_schulz(name, dtype="float16")(x)
     np.testing.assert_allclose(accelerator, cpu, atol=5e-3)
 
 
@@ -310,7 +317,10 @@ def test_large_symmetric_products_save_a_quarter_on_a_cpu():
 
 def test_a_symmetric_product_in_halves_is_the_product():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(769, 770)), jnp.float32)
-    halves, whole = dm.newton_schulz(num_steps=7)(x), reference.polar_factor(np.asarray(x, float))
+    halves, whole = (
+        dm.orthogonalize.newton_schulz(num_steps=7)(x),
+        reference.polar_factor(np.asarray(x, float)),
+    )
     assert np.linalg.norm(halves - whole) / math.sqrt(769) < 1e-2  # square: condition 1e3 or more
     values = np.linalg.svd(halves, compute_uv=False)
     assert values.max() < 1 + 1e-4
@@ -400,7 +410,8 @@ def test_float16_takes_any_number_of_steps(num_steps):
     left, right = bases((40, 90), np.random.default_rng(0))
     matrix = jnp.asarray((left * np.geomspace(0.05, 1, 40)) @ right, jnp.float32)
     values = jnp.linalg.svd(
-        dm.newton_schulz(num_steps=num_steps, dtype=jnp.float16)(matrix), compute_uv=False
+        dm.orthogonalize.newton_schulz(num_steps=num_steps, dtype=jnp.float16)(matrix),
+        compute_uv=False,
     )
     assert 0.86 < values.min() < values.max() < 1.13
 
@@ -439,7 +450,7 @@ def test_a_kernel_of_ones_own_sees_each_shape_once_and_wide():
         return 2 * x
 
     tree = {"a": jnp.ones((3, 5)), "b": jnp.ones((5, 3)), "c": jnp.ones((2, 2), jnp.bfloat16)}
-    tx = dm.spectral_lmo(double, radius=3.0)
+    tx = dm.norm_lmo(dm.norms.spectral_norm(orthogonalize=double), radius=3.0)
     updates, _ = tx.update(tree, tx.init(tree))
     assert sorted(seen) == [(1, 2, 2), (2, 3, 5)]
     for name, leaf in tree.items():
@@ -451,7 +462,7 @@ def test_a_kernel_of_ones_own_sees_each_shape_once_and_wide():
 def test_svd_lmo_is_exact(shape):
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=shape)
-        tx = dm.svd_lmo(radius=2.0, shape_factor="muon")
+        tx = dm.norm_lmo(dm.norms.spectral_norm("muon"), radius=2.0)
         update, _ = tx.update([jnp.asarray(x)], tx.init([jnp.asarray(x)]))
         matrix = x.reshape(-1, shape[-1])
         factor = max(1, matrix.shape[1] / matrix.shape[0]) ** 0.5
@@ -462,7 +473,7 @@ def test_svd_lmo_is_exact(shape):
 def test_svd_lmo_leaves_directions_without_singular_value_at_zero():
     left, right = bases((5, 8), np.random.default_rng(0))
     matrix = (left * [3.0, 1.0, 0.1, 0.0, 0.0]) @ right
-    tx = dm.svd_lmo()
+    tx = dm.norm_lmo(dm.norms.spectral_norm())
     update, _ = tx.update([jnp.asarray(matrix, jnp.float32)], tx.init([]))
     np.testing.assert_allclose(update[0], left[:, :3] @ right[:3], atol=1e-5)
 
@@ -470,7 +481,7 @@ def test_svd_lmo_leaves_directions_without_singular_value_at_zero():
 def test_svd_lmo_shows_a_nan_in_its_own_leaf_only():
     rng = np.random.default_rng(0)
     tree = [jnp.asarray(rng.normal(size=(3, 5)), jnp.float32) for _ in range(2)]
-    tx = dm.svd_lmo()
+    tx = dm.norm_lmo(dm.norms.spectral_norm())
     updates, _ = tx.update([tree[0].at[0, 0].set(jnp.nan), tree[1]], tx.init(tree))
     assert np.isnan(updates[0]).any()
     np.testing.assert_allclose(updates[1], reference.polar_factor(tree[1]), atol=1e-5)

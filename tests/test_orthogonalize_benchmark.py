@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import orthogonalize
-from dropmuon_jax._many_matrices import DEFAULT_MEMORY_LIMIT
+from dropmuon_jax.orthogonalize.batches import DEFAULT_MEMORY_LIMIT
 from orthogonalization.compiled_programs import Program, compile_program, without_source
 from orthogonalization.list_timing import ListTimings, Timing, quartiles, svd_cost
 from orthogonalization.matrix_products import ProductRates, necessary_flops, product_flops

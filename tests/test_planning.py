@@ -58,7 +58,7 @@ def search(smoothness, costs, criterion, start, rng):
 
 
 def optimal(smoothness, costs, criterion):
-    distribution = dm.optimal_depth(smoothness, costs, criterion=criterion)
+    distribution = dm.planning.optimal_depth(smoothness, costs, criterion=criterion)
     return np.asarray(distribution.probabilities(0, len(costs)), float)
 
 
@@ -137,9 +137,9 @@ def test_costs_that_noise_made_rise_with_depth_are_pooled(criterion):
         optimal(smoothness, noisy, criterion), optimal(smoothness, pooled, criterion)
     )
     distribution = dm.uniform_depth()
-    assert dm.predicted_speed_up(
+    assert dm.planning.predicted_speed_up(
         distribution, smoothness, noisy, criterion=criterion
-    ) == dm.predicted_speed_up(distribution, smoothness, pooled, criterion=criterion)
+    ) == dm.planning.predicted_speed_up(distribution, smoothness, pooled, criterion=criterion)
 
 
 def test_a_single_layer_is_always_active():
@@ -151,25 +151,29 @@ def test_a_single_layer_is_always_active():
 def test_the_predicted_speed_up_is_the_ratio_of_the_bounds(criterion):
     smoothness, costs = random_problem(3)
     chances = np.random.default_rng(4).dirichlet(np.ones(len(costs)))
-    predicted = dm.predicted_speed_up(
+    predicted = dm.planning.predicted_speed_up(
         dm.fixed_depth(chances), smoothness, costs, criterion=criterion
     )
     full = time_bound(np.eye(len(costs))[0], smoothness, costs, criterion)
     expected = full / time_bound(chances, smoothness, costs, criterion)
     assert predicted == pytest.approx(expected, rel=1e-5)
-    assert dm.predicted_speed_up(dm.full_depth(), smoothness, costs, criterion=criterion) == 1
+    assert (
+        dm.planning.predicted_speed_up(dm.full_depth(), smoothness, costs, criterion=criterion) == 1
+    )
 
 
 def test_a_changing_distribution_is_predicted_at_the_step_asked_for():
     args = dm.epoch_shift_depth(10, alpha=2.0), [1.0, 2.0, 4.0], [6.0, 4.0, 3.0]
-    middle = dm.predicted_speed_up(*args, step=5)
-    assert middle == pytest.approx(dm.predicted_speed_up(dm.uniform_depth(), *args[1:]))
+    middle = dm.planning.predicted_speed_up(*args, step=5)
+    assert middle == pytest.approx(dm.planning.predicted_speed_up(dm.uniform_depth(), *args[1:]))
     late = dm.fixed_depth(args[0].probabilities(10, 3))
-    assert dm.predicted_speed_up(*args, step=10) == dm.predicted_speed_up(late, *args[1:])
+    assert dm.planning.predicted_speed_up(*args, step=10) == dm.planning.predicted_speed_up(
+        late, *args[1:]
+    )
 
 
 def test_a_layer_that_is_never_active_is_waited_for_forever():
-    assert dm.predicted_speed_up(dm.fixed_depth([0, 1]), [1, 1], [2, 1]) == 0
+    assert dm.planning.predicted_speed_up(dm.fixed_depth([0, 1]), [1, 1], [2, 1]) == 0
 
 
 DISTRIBUTIONS = {
@@ -221,7 +225,7 @@ def plain_step(params, key, batch, depth):
 def test_counted_costs_are_those_of_the_compiled_steps_and_fall_with_depth(measure, name):
     step = jax.jit(plain_step, static_argnames="depth")
     abstract = jax.eval_shape(lambda: (PARAMS, jax.random.key(0), BATCH))
-    costs = dm.depth_cost(step, LAYERS, *abstract, measure=measure)
+    costs = dm.planning.depth_cost(step, LAYERS, *abstract, measure=measure)
     assert costs.shape == (3,)
     assert costs.dtype == np.float64
     assert (np.diff(costs) < 0).all()
@@ -229,10 +233,21 @@ def test_counted_costs_are_those_of_the_compiled_steps_and_fall_with_depth(measu
     assert costs[1] == compiled.cost_analysis()[name]
 
 
+def test_the_costs_of_a_training_step_are_counted_at_its_static_depths():
+    optimizer = dm.drop_muon(0.1, LAYERS)
+    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0)
+    step_fn = dm.train_step(loss_fn, optimizer, sampler)
+    abstract = jax.eval_shape(lambda: (PARAMS, optimizer.init(PARAMS), BATCH))
+    costs = dm.planning.depth_cost(step_fn, LAYERS, *abstract)
+    assert (np.diff(costs) < 0).all()
+    compiled = step_fn.trace_depth(1, *abstract).lower().compile()
+    assert costs[1] == compiled.cost_analysis()["flops"]
+
+
 def test_timed_costs_consume_no_argument_and_leave_the_step_compiled():
     step = jax.jit(plain_step, static_argnums=3, donate_argnums=(0, 1))
     args = jax.device_put((PARAMS, jax.random.key(0), BATCH))
-    seconds = dm.depth_cost(step, LAYERS, *args, measure="seconds", repetitions=2)
+    seconds = dm.planning.depth_cost(step, LAYERS, *args, measure="seconds", repetitions=2)
     assert seconds.shape == (3,)
     assert (seconds > 0).all()
     np.testing.assert_array_equal(args[0]["stem"], PARAMS["stem"])
@@ -248,8 +263,10 @@ def test_timed_costs_consume_no_argument_and_leave_the_step_compiled():
 def test_keyword_arguments_reach_the_step():
     step = jax.jit(plain_step, static_argnames="depth")
     key = jax.random.key(0)
-    by_keyword = dm.depth_cost(step, LAYERS, PARAMS, batch=BATCH, key=key)
-    np.testing.assert_array_equal(by_keyword, dm.depth_cost(step, LAYERS, PARAMS, key, BATCH))
+    by_keyword = dm.planning.depth_cost(step, LAYERS, PARAMS, batch=BATCH, key=key)
+    np.testing.assert_array_equal(
+        by_keyword, dm.planning.depth_cost(step, LAYERS, PARAMS, key, BATCH)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="depth")
@@ -278,7 +295,7 @@ def double(x, depth):
 def test_what_has_no_cost_for_each_depth_is_refused(step, arguments, error, message):
     arguments = {"layers": LAYERS} | arguments
     with pytest.raises(error, match=message):
-        dm.depth_cost(
+        dm.planning.depth_cost(
             step, arguments.pop("layers"), jax.ShapeDtypeStruct((), jnp.float32), **arguments
         )
 
@@ -290,7 +307,10 @@ def test_a_backend_that_does_not_count_is_named():
         def __call__(self, x, depth):
             raise NotImplementedError
 
-        def lower(self, *args, **kwargs):
+        def trace(self, *args, **kwargs):
+            return self
+
+        def lower(self):
             return self
 
         def compile(self):
@@ -300,7 +320,7 @@ def test_a_backend_that_does_not_count_is_named():
             return None
 
     with pytest.raises(ValueError, match=r"'cpu' does not count flops: take measure='seconds'"):
-        dm.depth_cost(Uncounted(), LAYERS, 1.0)
+        dm.planning.depth_cost(Uncounted(), LAYERS, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -308,32 +328,32 @@ def test_a_backend_that_does_not_count_is_named():
     [
         (([1, 0], [2, 1]), "smoothness must be positive and finite numbers"),
         (([1, np.inf], [2, 1]), "smoothness must be positive and finite"),
-        (([1, 1], [2, 0]), "costs must be positive and finite"),
-        (([1, 1], [[2, 1]]), "costs must be positive and finite numbers, one for each layer"),
-        (([1, 1, 1], [2, 1]), "smoothness is of 3 layers and costs of 2"),
+        (([1, 1], [2, 0]), "depth_costs must be positive and finite"),
+        (([1, 1], [[2, 1]]), "depth_costs must be positive and finite numbers, one for each layer"),
+        (([1, 1, 1], [2, 1]), "smoothness is of 3 layers and depth_costs of 2"),
         (([], []), "smoothness must be positive"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
-        dm.optimal_depth(*arguments)
+        dm.planning.optimal_depth(*arguments)
     with pytest.raises(ValueError, match=message):
-        dm.predicted_speed_up(dm.full_depth(), *arguments)
+        dm.planning.predicted_speed_up(dm.full_depth(), *arguments)
 
 
 def test_bad_distributions_and_criteria_are_refused():
     numbers = [1.0, 1.0], [2.0, 1.0]
     with pytest.raises(ValueError, match=r"criterion must be one of \['max', 'sum'\]"):
-        dm.optimal_depth(*numbers, criterion="mean")
+        dm.planning.optimal_depth(*numbers, criterion="mean")
     with pytest.raises(ValueError, match="criterion must be one of"):
-        dm.predicted_speed_up(dm.full_depth(), *numbers, criterion="mean")
+        dm.planning.predicted_speed_up(dm.full_depth(), *numbers, criterion="mean")
     with pytest.raises(TypeError, match="distribution must be a LayerDistribution"):
-        dm.predicted_speed_up([0.5, 0.5], *numbers)
+        dm.planning.predicted_speed_up([0.5, 0.5], *numbers)
     with pytest.raises(TypeError, match="draws arbitrary subsets, and costs are those of depths"):
-        dm.predicted_speed_up(dm.fixed_size_subsets(1), *numbers)
+        dm.planning.predicted_speed_up(dm.sampling.fixed_size_subsets(1), *numbers)
     with pytest.raises(
-        ValueError, match="gives 3 probabilities, and smoothness and costs are of 2"
+        ValueError, match="gives 3 probabilities, and smoothness and depth_costs are of 2"
     ):
-        dm.predicted_speed_up(dm.fixed_depth([0.5, 0.2, 0.3]), *numbers)
+        dm.planning.predicted_speed_up(dm.fixed_depth([0.5, 0.2, 0.3]), *numbers)
     with pytest.raises(TypeError, match="step must be a Python integer"):
-        dm.predicted_speed_up(dm.full_depth(), *numbers, step=jnp.array(1))
+        dm.planning.predicted_speed_up(dm.full_depth(), *numbers, step=jnp.array(1))

@@ -8,7 +8,7 @@ import pytest
 
 from pods.agreement import OTHER_SEED, STEP
 from pods.launch import Pod, run_pods
-from pods.train import SEED, STEPS, make_optimizer
+from pods.train import SEED, STEPS, make_sampler
 
 ONE, EIGHT, POD = "one device", "eight devices", "two processes of four devices"
 MESHES = {ONE: (1, 1), EIGHT: (4, 2), POD: (2, 4)}  # data, fsdp
@@ -140,13 +140,13 @@ def test_a_pod_compiles_each_depth_once(pod, alone, run):
 
 
 def test_processes_draw_the_same(pod):
-    tx = make_optimizer("cnn")
-    expected = [tx.depth(step) for step in range(STEPS)]
+    sampler = make_sampler("cnn")
+    expected = [sampler.depth(step) for step in range(STEPS)]
     for process in pod:
         assert process["draw"] == [expected, expected]
 
 
-def test_processes_that_draw_otherwise_are_told(pod):
+def test_processes_that_would_draw_otherwise_get_an_error_that_names_both(pod):
     for said in (process["disagree"] for process in pod):
         for mesh in ("", ", on a mesh"):
             assert said[f"nothing{mesh}"] == ""
@@ -160,6 +160,7 @@ def test_processes_that_draw_otherwise_are_told(pod):
                 assert f"process 0 has seed {SEED} and step {STEP}, layers" in message
                 assert f"{second}, layers" in message
                 assert "do not draw the same layers" in message
+        assert said["seed, in a training step"] == said["seed"]
     assert pod[0]["disagree"] == pod[1]["disagree"]
 
 

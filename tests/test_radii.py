@@ -21,13 +21,16 @@ def random(*shape: int) -> jax.Array:
 GRADS = {"stem": {"kernel": random(4, 3), "bias": random(3)}, "head": {"kernel": random(3, 2)}}
 
 
+SIGN = dm.norms.sign_norm(normalized=False)
+
+
 def sign_lmo(radius: Any) -> Any:
     """Steps of ±radius, which show it at once."""
-    return dm.sign_lmo(radius, normalized=False)
+    return dm.norm_lmo(SIGN, radius)
 
 
 def sign_sharp(step_size: Any) -> Any:
-    return dm.sign_sharp(step_size, normalized=False)
+    return dm.transforms.norm_sharp(SIGN, step_size)
 
 
 def steps(tx: Any, tree: Any = GRADS) -> Any:
@@ -96,9 +99,9 @@ def test_a_scheduled_step_size_multiplies_the_dual_norm():
 def test_a_schedule_counts_the_steps_of_inactive_leaves_too():
     tx = sign_lmo(table(1.0, 0.5, 0.25))
     state = tx.init(GRADS)
-    asleep = {"stem": {"kernel": False, "bias": False}, "head": {"kernel": True}}
+    inactive = {"stem": {"kernel": False, "bias": False}, "head": {"kernel": True}}
     for _ in range(2):
-        _, state = tx.update(GRADS, state, layer_mask=asleep)
+        _, state = tx.update(GRADS, state, layer_mask=inactive)
     updates, _ = tx.update(GRADS, state)
     assert sizes(updates) == all_of_size(0.25)
 
@@ -129,15 +132,15 @@ def test_there_is_a_state_only_with_a_schedule(radius, scheduled, make):
     tx = make(radius)
     state = tx.init(GRADS)
     if scheduled:
-        assert state == dm.RadiusState(jnp.zeros((), jnp.int32))
-        assert tx.update(GRADS, state)[1] == dm.RadiusState(jnp.ones((), jnp.int32))
+        assert state == dm.transforms.RadiusState(jnp.zeros((), jnp.int32))
+        assert tx.update(GRADS, state)[1] == dm.transforms.RadiusState(jnp.ones((), jnp.int32))
     else:
         assert state == tx.update(GRADS, state)[1] == optax.EmptyState()
 
 
 @strict
 def test_an_adaptive_radius_has_no_state():
-    assert sign_lmo(dm.adaptive_radius(1.0)).init(GRADS) == optax.EmptyState()
+    assert sign_lmo(dm.schedules.adaptive_radius(1.0)).init(GRADS) == optax.EmptyState()
 
 
 # --- By path --------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def test_a_mapping_gives_each_leaf_its_own_radius(make):
 
 @strict
 def test_a_mapping_may_hold_schedules_and_adaptive_radii():
-    radius = {"kernel": table(1.0, 0.5), "bias": dm.adaptive_radius(2.0, 1.0)}
+    radius = {"kernel": table(1.0, 0.5), "bias": dm.schedules.adaptive_radius(2.0, 1.0)}
     tx = sign_lmo(radius)
     _, state = tx.update(GRADS, tx.init(GRADS))
     updates, _ = tx.update(GRADS, state)
@@ -169,7 +172,7 @@ def test_a_mapping_may_hold_schedules_and_adaptive_radii():
 def test_a_mapping_may_name_leaves_of_another_chain():
     radius = {"stem/kernel": 0.3, "head": 0.5, "bias": 2.0}
     tx = dm.chain_subtrees(
-        {"matrix": dm.norm_lmo(dm.sign_norm(normalized=False), radius), "other": sign_lmo(radius)},
+        {"matrix": sign_lmo(radius), "other": sign_lmo(radius)},
         dm.matrix_labels,
     )
     expected = {"stem/kernel": 0.3, "head/kernel": 0.5, "stem/bias": 2.0}
@@ -197,22 +200,22 @@ def test_a_mapping_reaches_each_layer_of_per_layer():
 # The dual norm and the direction of a Flax kernel (in, out), in NumPy.
 ADAPTIVE: dict[str, tuple[Any, Any, Any]] = {
     "svd": (
-        dm.svd_lmo,
+        dm.norms.spectral_norm("spectral"),
         lambda g: np.linalg.svd(g, compute_uv=False).sum(),
         lambda g: np.matmul(*np.linalg.svd(g, full_matrices=False)[::2]),
     ),
     "sign": (
-        dm.sign_lmo,
+        dm.norms.sign_norm(),
         lambda g: np.abs(g).sum() / g.shape[0],
         lambda g: np.sign(g) / g.shape[0],
     ),
     "column": (
-        dm.column_lmo,
+        dm.norms.column_norm(),
         lambda g: np.sqrt(g.shape[1]) * np.linalg.norm(g, axis=1).sum(),
         lambda g: np.sqrt(g.shape[1]) * g / np.linalg.norm(g, axis=1, keepdims=True),
     ),
     "rms": (
-        dm.rms_lmo,
+        dm.norms.rms_norm(),
         lambda g: np.sqrt(g.size) * np.linalg.norm(g),
         lambda g: np.sqrt(g.size) * g / np.linalg.norm(g),
     ),
@@ -224,9 +227,9 @@ ADAPTIVE: dict[str, tuple[Any, Any, Any]] = {
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_adaptive_radius_is_gluons(name, l0, l1):
     """‖M‖* / (L⁰ + L¹ ‖M‖*), with the norm of the layer."""
-    make, dual_norm, direction = ADAPTIVE[name]
+    norm, dual_norm, direction = ADAPTIVE[name]
     gradient = random(4, 3)
-    updates = steps(make(dm.adaptive_radius(l0, l1)), {"w": gradient})
+    updates = steps(dm.norm_lmo(norm, dm.schedules.adaptive_radius(l0, l1)), {"w": gradient})
     g = np.asarray(gradient, np.float64)
     radius = dual_norm(g) / (l0 + l1 * dual_norm(g))
     np.testing.assert_allclose(updates["w"], radius * direction(g), rtol=1e-5)
@@ -236,7 +239,9 @@ def test_an_adaptive_radius_is_gluons(name, l0, l1):
 def test_an_adaptive_radius_minimises_the_bound_of_its_smoothness():
     l0, l1, gradient = 2.0, 0.5, random(4, 3)
     dual = float(jnp.abs(gradient).sum())
-    radius = float(jnp.abs(steps(sign_lmo(dm.adaptive_radius(l0, l1)), {"w": gradient})["w"]).max())
+    radius = float(
+        jnp.abs(steps(sign_lmo(dm.schedules.adaptive_radius(l0, l1)), {"w": gradient})["w"]).max()
+    )
 
     def bound(t):
         return -t * dual + t**2 / 2 * (l0 + l1 * dual)
@@ -249,15 +254,16 @@ def test_an_adaptive_radius_minimises_the_bound_of_its_smoothness():
 def test_each_matrix_of_a_batch_has_its_own_adaptive_radius():
     stack = random(2, 4, 3) * jnp.array([[[0.1]], [[10.0]]])
     numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    radius = dm.adaptive_radius(2.0, 0.5)
-    batch = steps(dm.sign_lmo(radius, dimension_numbers=numbers), {"w": stack})["w"]
-    alone = [steps(dm.sign_lmo(radius), {"w": matrix})["w"] for matrix in stack]
+    radius = dm.schedules.adaptive_radius(2.0, 0.5)
+    norm = dm.norms.sign_norm()
+    batch = steps(dm.norm_lmo(norm, radius, dimension_numbers=numbers), {"w": stack})["w"]
+    alone = [steps(dm.norm_lmo(norm, radius), {"w": matrix})["w"] for matrix in stack]
     np.testing.assert_allclose(batch, jnp.stack(alone), rtol=1e-6)
 
 
 @strict
 def test_without_l1_it_is_the_sharp_form():
-    lmo, sharp = sign_lmo(dm.adaptive_radius(4.0)), sign_sharp(1 / 4)
+    lmo, sharp = sign_lmo(dm.schedules.adaptive_radius(4.0)), sign_sharp(1 / 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), steps(lmo), steps(sharp))
 
 
@@ -265,14 +271,16 @@ def test_without_l1_it_is_the_sharp_form():
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_without_l0_the_radius_is_constant(scale):
     grads = jax.tree.map(lambda g: jnp.float32(scale) * g, GRADS)
-    assert sizes(steps(sign_lmo(dm.adaptive_radius(0.0, 4.0)), grads)) == all_of_size(0.25)
+    assert sizes(steps(sign_lmo(dm.schedules.adaptive_radius(0.0, 4.0)), grads)) == all_of_size(
+        0.25
+    )
 
 
 # L¹ ‖M‖* is no normal number here, and the radius 1/L¹ is.
 @strict
 @pytest.mark.parametrize(("value", "l1"), [(1e-37, 1e-2), (1e37, 1e2)])
 def test_an_adaptive_radius_is_right_at_the_ends_of_the_numbers(value, l1):
-    updates = steps(sign_lmo(dm.adaptive_radius(0.0, l1)), {"w": jnp.full((1, 2), value)})
+    updates = steps(sign_lmo(dm.schedules.adaptive_radius(0.0, l1)), {"w": jnp.full((1, 2), value)})
     np.testing.assert_allclose(updates["w"], np.full((1, 2), 1 / l1), rtol=1e-5)
 
 
@@ -280,20 +288,20 @@ def test_an_adaptive_radius_is_right_at_the_ends_of_the_numbers(value, l1):
 @pytest.mark.parametrize(("l0", "l1"), [(2.0, 0.5), (0.0, 4.0), (3.0, 0.0)])
 def test_a_zero_gradient_gives_a_zero_step(l0, l1):
     zero = jax.tree.map(jnp.zeros_like, GRADS)
-    updates = steps(sign_lmo(dm.adaptive_radius(l0, l1)), zero)
+    updates = steps(sign_lmo(dm.schedules.adaptive_radius(l0, l1)), zero)
     jax.tree.map(np.testing.assert_array_equal, updates, zero)
 
 
 @strict
 def test_a_nan_in_the_gradient_is_not_lost_in_its_radius():
     bad = {"w": random(4, 3).at[1, 2].set(jnp.nan)}
-    assert jnp.isnan(steps(sign_lmo(dm.adaptive_radius(0.0, 1.0)), bad)["w"]).all()
+    assert jnp.isnan(steps(sign_lmo(dm.schedules.adaptive_radius(0.0, 1.0)), bad)["w"]).all()
 
 
 @strict
 def test_the_constants_of_an_adaptive_radius_may_be_traced():
     def step(l0, l1):
-        return steps(sign_lmo(dm.adaptive_radius(l0, l1)), {"w": random(4, 3)})["w"]
+        return steps(sign_lmo(dm.schedules.adaptive_radius(l0, l1)), {"w": random(4, 3)})["w"]
 
     traced = jax.jit(step)(jnp.array(2.0), jnp.array(0.5))
     np.testing.assert_allclose(traced, step(2.0, 0.5), rtol=1e-6)
@@ -303,10 +311,12 @@ def test_the_constants_of_an_adaptive_radius_may_be_traced():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_an_adaptive_step_has_the_dtype_of_the_gradient(dtype):
     gradient = random(4, 3).astype(dtype)
-    update = steps(sign_lmo(dm.adaptive_radius(2.0, 0.5)), {"w": gradient})["w"]
+    update = steps(sign_lmo(dm.schedules.adaptive_radius(2.0, 0.5)), {"w": gradient})["w"]
     assert update.dtype == dtype
     # Rounded once.
-    exact = steps(sign_lmo(dm.adaptive_radius(2.0, 0.5)), {"w": gradient.astype(jnp.float32)})["w"]
+    exact = steps(
+        sign_lmo(dm.schedules.adaptive_radius(2.0, 0.5)), {"w": gradient.astype(jnp.float32)}
+    )["w"]
     np.testing.assert_array_equal(update, exact.astype(dtype))
 
 
@@ -318,27 +328,29 @@ STEPS = [0, 1, 2, 15, 99, 10**6]
 @pytest.mark.parametrize("convert", [int, np.int32, jnp.int32])
 @pytest.mark.parametrize("step", STEPS)
 def test_gluons_radius_falls_as_the_three_quarter_power(step, convert):
-    radius = float(dm.gluon_radius(0.3)(convert(step)))
+    radius = float(dm.schedules.gluon_radius(0.3)(convert(step)))
     assert radius == pytest.approx(0.3 * (step + 1) ** (-3 / 4), rel=1e-6)
 
 
 @pytest.mark.parametrize("convert", [int, np.int32, jnp.int32])
 @pytest.mark.parametrize("step", STEPS)
 def test_gluons_decay_grows_to_one_as_the_square_root(step, convert):
-    decay = float(dm.gluon_decay()(convert(step)))
+    decay = float(dm.schedules.gluon_decay()(convert(step)))
     assert decay == pytest.approx(1 - (step + 1) ** (-1 / 2), rel=1e-6)
 
 
 @strict
 @pytest.mark.parametrize(
-    "schedule", [dm.gluon_radius(0.3), dm.gluon_decay()], ids=["radius", "decay"]
+    "schedule",
+    [dm.schedules.gluon_radius(0.3), dm.schedules.gluon_decay()],
+    ids=["radius", "decay"],
 )
 def test_gluons_schedules_promote_nothing_silently(schedule):
     assert schedule(jnp.array(3, jnp.int32)).dtype == jnp.float32
 
 
 def test_gluons_radius_shrinks_the_steps_of_an_lmo():
-    tx = sign_lmo(dm.gluon_radius(0.3))
+    tx = sign_lmo(dm.schedules.gluon_radius(0.3))
     state = tx.init(GRADS)
     for step in range(3):
         updates, state = tx.update(GRADS, state)
@@ -346,10 +358,10 @@ def test_gluons_radius_shrinks_the_steps_of_an_lmo():
 
 
 def test_a_momentum_with_gluons_decay_is_the_papers_over_five_steps():
-    """With a layer that sleeps in two of them, and wakes with the decay of all steps."""
+    """With a layer that is inactive in two of them, and goes on with the decay of all steps."""
     rng = np.random.default_rng(0)
     history = [{name: rng.normal(size=(3, 2)) for name in ("stem", "head")} for _ in range(5)]
-    tx = dm.momentum(dm.gluon_decay())
+    tx = dm.momentum(dm.schedules.gluon_decay())
     state = tx.init(jax.tree.map(jnp.asarray, history[0]))
     expected = {name: np.zeros((3, 2)) for name in ("stem", "head")}
     for step, grads in enumerate(history):
@@ -369,7 +381,7 @@ def test_a_momentum_with_gluons_decay_is_the_papers_over_five_steps():
 
 
 def test_an_injected_radius_can_be_set_between_steps():
-    tx = optax.inject_hyperparams(dm.sign_lmo)(radius=0.3, normalized=False)
+    tx = optax.inject_hyperparams(dm.norm_lmo)(SIGN, radius=0.3)
     state = tx.init(GRADS)
     updates, state = tx.update(GRADS, state)
     assert sizes(updates) == all_of_size(0.3)
@@ -379,7 +391,7 @@ def test_an_injected_radius_can_be_set_between_steps():
 
 
 def test_an_injected_schedule_is_the_schedule():
-    tx = optax.inject_hyperparams(dm.sign_lmo)(radius=table(1.0, 0.5), normalized=False)
+    tx = optax.inject_hyperparams(dm.norm_lmo)(SIGN, radius=table(1.0, 0.5))
     state = tx.init(GRADS)
     for expected in (1.0, 0.5):
         updates, state = tx.update(GRADS, state)
@@ -388,23 +400,26 @@ def test_an_injected_schedule_is_the_schedule():
 
 @pytest.mark.parametrize(
     "radius",
-    [{"stem": 0.3, "head": dm.adaptive_radius(2.0, 1.0)}, dm.adaptive_radius(2.0, 1.0)],
+    [
+        {"stem": 0.3, "head": dm.schedules.adaptive_radius(2.0, 1.0)},
+        dm.schedules.adaptive_radius(2.0, 1.0),
+    ],
     ids=["mapping", "adaptive"],
 )
 def test_mappings_and_adaptive_radii_pass_through_injection(radius):
-    injected = optax.inject_hyperparams(dm.sign_lmo)(radius=radius)
-    jax.tree.map(np.testing.assert_array_equal, steps(injected), steps(dm.sign_lmo(radius)))
+    injected = optax.inject_hyperparams(dm.norm_lmo)(SIGN, radius=radius)
+    jax.tree.map(np.testing.assert_array_equal, steps(injected), steps(sign_lmo(radius)))
 
 
 def test_an_adaptive_radius_is_a_tree_of_its_constants():
     # So that a step may take it as an argument, with no compilation for each fit.
     @jax.jit
     def step(radius, grads):
-        tx = dm.sign_lmo(radius, normalized=False)
+        tx = sign_lmo(radius)
         return tx.update(grads, tx.init(grads))[0]
 
     grads = {"w": jnp.array([5.0, -1.0])}
     for l0, length in ((2.0, 0.75), (6.0, 0.5)):
-        updates = step(dm.adaptive_radius(l0, 1.0), grads)
+        updates = step(dm.schedules.adaptive_radius(l0, 1.0), grads)
         np.testing.assert_allclose(updates["w"], [length, -length], rtol=1e-6)
     assert step._cache_size() == 1

@@ -29,7 +29,7 @@ ROLES = {
     "head": "head",
 }
 RADII = {"embedding": 2.0, "hidden": 3.0, "bias": 0.5, "head": 40.0}
-EXACT = {"hidden": dm.svd_lmo(RADII["hidden"], shape_factor="scion")}
+EXACT = {"hidden": dm.norms.spectral_norm("scion")}
 
 
 def random_tree(seed, scale=1.0):
@@ -63,8 +63,8 @@ def test_ten_steps_of_scion_equal_the_published_formulas(constrained):
             lambda count: 0.2 / (1 + count),
             RADII,
             constrained=constrained,
-            momentum=dm.momentum(decay=0.7),
-            lmos=EXACT,
+            momentum=0.7,
+            norms=EXACT,
         )
         theirs = reference.Scion(params, ROLES, RADII, constrained=constrained)
         assert_trajectories_agree(tx, theirs, lambda k: (0.2 / (1 + k), 0.3), params)
@@ -73,7 +73,7 @@ def test_ten_steps_of_scion_equal_the_published_formulas(constrained):
 def test_ten_steps_of_gluon_equal_the_published_formulas():
     with jax.enable_x64(True):
         params = random_tree(0, 0.1)
-        tx = dm.gluon(dm.gluon_radius(0.1), RADII, lmos=EXACT)
+        tx = dm.gluon(dm.schedules.gluon_radius(0.1), RADII, norms=EXACT)
         theirs = reference.Scion(params, ROLES, RADII, constrained=False)
 
         def schedules(k):
@@ -86,10 +86,9 @@ def test_ten_steps_of_deterministic_gluon_have_the_radii_of_its_theorem():
     l0, l1 = 3.0, 0.5
     with jax.enable_x64(True):
         params = random_tree(0, 0.1)
-        radius = dm.adaptive_radius(l0, l1)
+        radius = dm.schedules.adaptive_radius(l0, l1)
         radii = dict.fromkeys(RADII, radius)
-        exact = {"hidden": dm.svd_lmo(radius, shape_factor="scion")}
-        tx = dm.gluon(1.0, radii, momentum=dm.momentum(0.0), lmos=exact)
+        tx = dm.gluon(1.0, radii, momentum=0.0, norms=EXACT)
         state, update = tx.init(params), jax.jit(tx.update)
         for k in range(10):
             grads = target_gradient(params, k)
@@ -106,7 +105,7 @@ def test_ten_steps_of_deterministic_gluon_have_the_radii_of_its_theorem():
 
 def norms_over_radii(params):
     return {
-        name: float(dm.ROLE_NORMS[role].norm(params[name])) / RADII[role]
+        name: float(dm.optimizers.ROLE_NORMS[role].norm(params[name])) / RADII[role]
         for name, role in ROLES.items()
     }
 
@@ -115,10 +114,11 @@ def norms_over_radii(params):
     ("num_steps", "headroom"), [(8, 1e-4), (5, 0.14)], ids=["eight_steps", "default"]
 )
 def test_constrained_iterates_stay_in_the_ball_over_1000_steps_of_noise(num_steps, headroom):
-    hidden = dm.newton_schulz_lmo(RADII["hidden"], shape_factor="scion", num_steps=num_steps)
-    tx = dm.scion(0.1, RADII, lmos={"hidden": hidden})
+    kernel = dm.orthogonalize.newton_schulz(num_steps=num_steps)
+    hidden = dm.norms.spectral_norm("scion", orthogonalize=kernel)
+    tx = dm.scion(0.1, RADII, norms={"hidden": hidden})
     params = jax.tree.map(lambda x: x.astype(jnp.float32), random_tree(0))
-    params = dm.scion_init(jax.random.key(1), params, RADII)
+    params = dm.optimizers.scion_init(jax.random.key(1), params, RADII)
     params["bias"] = jnp.zeros(SHAPES["bias"])
 
     def step(carry, key):
@@ -129,7 +129,9 @@ def test_constrained_iterates_stay_in_the_ball_over_1000_steps_of_noise(num_step
         grads = jax.tree.map(lambda g: jnp.where(key[0] % 10 == 0, 0, g), grads)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        norms = {n: dm.ROLE_NORMS[r].norm(params[n]) / RADII[r] for n, r in ROLES.items()}
+        norms = {
+            n: dm.optimizers.ROLE_NORMS[r].norm(params[n]) / RADII[r] for n, r in ROLES.items()
+        }
         return (params, state), norms
 
     keys = jax.random.split(jax.random.PRNGKey(2), 1000)
@@ -141,7 +143,7 @@ def test_constrained_iterates_stay_in_the_ball_over_1000_steps_of_noise(num_step
 
 
 def test_unconstrained_iterates_leave_the_ball():
-    tx = dm.scion(0.1, RADII, constrained=False, lmos=EXACT)
+    tx = dm.scion(0.1, RADII, constrained=False, norms=EXACT)
     params = jax.tree.map(jnp.zeros_like, random_tree(0))
     state, grads, update = tx.init(params), random_tree(3), jax.jit(tx.update)
     for _ in range(30):
@@ -152,13 +154,13 @@ def test_unconstrained_iterates_leave_the_ball():
 
 def test_scion_init_is_on_the_boundary_and_leaves_biases_alone():
     params = random_tree(0)
-    drawn = dm.scion_init(jax.random.key(0), params, RADII)
+    drawn = dm.optimizers.scion_init(jax.random.key(0), params, RADII)
     for name, ratio in norms_over_radii(drawn).items():
         if name == "bias":
             np.testing.assert_array_equal(drawn[name], params[name])
         else:
             assert ratio == pytest.approx(1, abs=1e-5), name
-    again = dm.scion_init(jax.random.key(1), params, RADII)
+    again = dm.optimizers.scion_init(jax.random.key(1), params, RADII)
     assert not any((drawn[name] == again[name]).all() for name in ("embed", "conv", "dense"))
 
 
@@ -167,27 +169,30 @@ def test_a_tied_table_is_a_head_whose_fan_in_is_its_features():
     tx = dm.scion(0.5, {"tied_head": 8.0}, constrained=False, roles={"wte": "tied_head"})
     updates, _ = tx.update(grads, tx.init(grads), grads)
     np.testing.assert_allclose(updates["wte"], -0.5 * 8.0 * jnp.sign(grads["wte"]) / 2)
-    drawn = dm.scion_init(jax.random.key(0), grads, {"tied_head": 8.0}, roles={"wte": "tied_head"})
+    drawn = dm.optimizers.scion_init(
+        jax.random.key(0), grads, {"tied_head": 8.0}, roles={"wte": "tied_head"}
+    )
     np.testing.assert_allclose(jnp.abs(drawn["wte"]), 8.0 / 2)
 
 
 def test_scion_init_takes_radii_by_path_and_leaves_roles_of_its_user_alone():
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "gate": jnp.ones((4, 4))}
-    drawn = dm.scion_init(
+    drawn = dm.optimizers.scion_init(
         jax.random.key(0),
         params,
         {"hidden": {"a": 1.0, "b": 2.0}},
-        roles={"gate": "mine"},
-        has_head=False,
+        roles=dm.Roles({"gate": "mine"}, has_head=False),
     )
-    norm = dm.ROLE_NORMS["hidden"].norm
+    norm = dm.optimizers.ROLE_NORMS["hidden"].norm
     assert [float(norm(drawn[name])) for name in "ab"] == pytest.approx([1.0, 2.0], rel=1e-5)
     np.testing.assert_array_equal(drawn["gate"], params["gate"])
 
 
 def test_leaves_of_one_shape_start_from_different_draws():
     params = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
-    drawn = dm.scion_init(jax.random.key(0), params, {"hidden": 1.0}, has_head=False)
+    drawn = dm.optimizers.scion_init(
+        jax.random.key(0), params, {"hidden": 1.0}, roles=dm.Roles(has_head=False)
+    )
     assert not jnp.allclose(drawn["a"], drawn["b"])
 
 
@@ -204,8 +209,12 @@ def test_the_default_momentum_is_that_of_the_gpt_recipe():
 
 def test_the_recipes_have_the_radii_of_the_paper():
     # `scale` and `last_scale` of Scion's train_gpt_scion.py; the CNN of its README: 8 and 8 · 16.
-    assert dict(dm.SCION_GPT_RADII) == {"hidden": 50.0, "head": 3000.0, "tied_head": 3000.0}
-    assert dict(dm.SCION_CNN_RADII) == {"hidden": 8.0, "head": 128.0, "bias": 8.0}
+    assert dict(dm.optimizers.SCION_GPT_RADII) == {
+        "hidden": 50.0,
+        "head": 3000.0,
+        "tied_head": 3000.0,
+    }
+    assert dict(dm.optimizers.SCION_CNN_RADII) == {"hidden": 8.0, "head": 128.0, "bias": 8.0}
 
 
 LAYERS = dm.layers_by_path(random_tree(0), ["embed", "conv", ("dense", "bias"), "head"])
@@ -215,7 +224,7 @@ LAYERS = dm.layers_by_path(random_tree(0), ["embed", "conv", ("dense", "bias"), 
 def test_with_full_sampling_the_dropping_one_equals_the_whole_one(name):
     make, make_drop = getattr(dm, name), getattr(dm, f"drop_{name}")
     whole = make(0.1, RADII)
-    drop = make_drop(0.1, LAYERS, dm.full_depth(), RADII, seed=0)
+    drop = make_drop(0.1, LAYERS, RADII)
     params = other_params = random_tree(0)
     state, other_state = whole.init(params), drop.init(params)
     update = jax.jit(whole.update)
@@ -232,7 +241,7 @@ def test_with_full_sampling_the_dropping_one_equals_the_whole_one(name):
 
 @pytest.mark.parametrize("constrained", [True, False])
 def test_a_dropped_layer_is_not_pulled_towards_zero(constrained):
-    tx = dm.drop_scion(0.1, LAYERS, dm.uniform_depth(), RADII, seed=0, constrained=constrained)
+    tx = dm.drop_scion(0.1, LAYERS, RADII, constrained=constrained)
     params = random_tree(0)
     updates, _ = tx.update(random_tree(1), tx.init(params), params, layer_mask=LAYERS.mask(2))
     moved = {name: bool(update.any()) for name, update in updates.items()}
@@ -245,14 +254,14 @@ def test_attention_kernels_are_taken_with_their_dimension_numbers(name):
     params = {"query": jnp.ones((6, 2, 3)), "head": jnp.ones((6, 2))}
     layers = dm.layers_by_path(params, ["query", "head"])
     radii = {"hidden": 2.0, "head": 3.0}
-    tx = getattr(dm, name)(
-        1.0, layers, dm.uniform_depth(), radii, seed=0, dimension_numbers={"query": numbers}
-    )
+    tx = getattr(dm, name)(1.0, layers, radii, dimension_numbers={"query": numbers})
     grads = {"query": jax.random.normal(jax.random.key(0), (6, 2, 3)), "head": params["head"]}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(grads, tx.init(zeros), zeros, layer_mask=layers.mask(0))
     values = jnp.linalg.svd(updates["query"].reshape(6, 6), compute_uv=False)
     assert (jnp.abs(values / 2 - 1) < 0.14).all()
-    drawn = dm.scion_init(jax.random.key(0), params, radii, dimension_numbers={"query": numbers})
+    drawn = dm.optimizers.scion_init(
+        jax.random.key(0), params, radii, dimension_numbers={"query": numbers}
+    )
     values = jnp.linalg.svd(drawn["query"].reshape(6, 6), compute_uv=False)
     np.testing.assert_allclose(values, 2.0, rtol=1e-5)

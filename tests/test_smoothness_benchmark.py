@@ -40,9 +40,11 @@ def test_study_records_samples_and_the_fit_to_them(record):
     assert list(record["samples"]) == list(record["fits"]) == ["exact", "minibatch", "same batch"]
     for kind, by_leaf in record["samples"].items():
         assert list(by_leaf) == LEAVES
-        samples = {path: dm.SmoothnessSamples(**of_leaf) for path, of_leaf in by_leaf.items()}
+        samples = {
+            path: dm.planning.SmoothnessSamples(**of_leaf) for path, of_leaf in by_leaf.items()
+        }
         assert samples["Conv_0/kernel"].steps == [1, 2, 3]
-        for path, leaf in dm.fit_smoothness(samples).leaves.items():
+        for path, leaf in dm.planning.fit_smoothness(samples).leaves.items():
             assert leaf.l0 == record["fits"][kind][path]["l0"]
             assert leaf.l1 == record["fits"][kind][path]["l1"]
 
@@ -93,7 +95,9 @@ def test_the_same_batch_without_momentum_is_the_exact_gradient_if_it_is_all_imag
 def test_noise_compares_samples_of_the_same_steps():
     def samples(steps, smoothness):
         return {
-            "w": dm.SmoothnessSamples(np.array(steps), np.ones(len(steps)), np.array(smoothness))
+            "w": dm.planning.SmoothnessSamples(
+                np.array(steps), np.ones(len(steps)), np.array(smoothness)
+            )
         }
 
     noisy = samples([1, 2, 3, 4, 5], [2.0, 6.0, 99.0, 8.0, 12.0])

@@ -64,39 +64,36 @@ def separate_loss(params, x):
 
 RADII = {"hidden": 2.0, "head": 3.0, "bias": 0.5, "embedding": 1.5}
 # Few steps of the iteration, of which each is a larger program to compile.
-LMO = dm.newton_schulz_lmo(shape_factor="muon", num_steps=2)
+KERNEL = dm.orthogonalize.newton_schulz(num_steps=2)
 OPTIMIZERS = {
     "drop_muon": lambda layers: dm.drop_muon(
         optax.linear_schedule(0.1, 0.01, 8),
         layers,
-        dm.uniform_depth(),
-        seed=0,
         momentum=dm.momentum(optax.linear_schedule(0.0, 0.9, 6), nesterov=True),
-        lmo=LMO,
+        orthogonalize=KERNEL,
         weight_decay=0.1,
         auxiliary_learning_rate=0.01,
     ),
     "drop_muon_with_mvr": lambda layers: dm.drop_muon(
         0.05,
         layers,
-        dm.uniform_depth(),
-        seed=0,
-        momentum=dm.mvr_momentum(0.7, variant=2, on_waking="decay"),
-        lmo=LMO,
+        momentum=dm.mvr_momentum(0.7, variant=2, on_reactivate="decay"),
+        orthogonalize=KERNEL,
     ),
     "drop_muon_with_mars": lambda layers: dm.drop_muon(
         0.05,
         layers,
-        dm.uniform_depth(),
-        seed=0,
-        momentum=dm.mars_momentum(0.8, max_norm=0.1),
-        lmo=LMO,
+        momentum=dm.transforms.mars_momentum(0.8, max_norm=0.1),
+        orthogonalize=KERNEL,
     ),
     "drop_scion": lambda layers: dm.drop_scion(
-        0.1, layers, dm.uniform_depth(), RADII, seed=0, lmos={"hidden": LMO}
+        0.1,
+        layers,
+        RADII,
+        norms={"hidden": dm.norms.spectral_norm("muon", orthogonalize=KERNEL)},
     ),
     "drop_gluon": lambda layers: dm.drop_gluon(
-        dm.gluon_radius(0.1), layers, dm.uniform_depth(), dict.fromkeys(dm.ROLES, 1.0), seed=0
+        dm.schedules.gluon_radius(0.1), layers, dict.fromkeys(dm.layers.ROLES, 1.0)
     ),
 }
 
@@ -205,7 +202,9 @@ def test_only_active_rows_are_orthogonalized(depth, is_traced):
 
     tx = optax.chain(
         dm.per_layer(
-            optax.chain(dm.momentum(), dm.spectral_lmo(observed)), KERNEL_LAYERS, takes_mask=True
+            optax.chain(dm.momentum(), dm.norm_lmo(dm.norms.spectral_norm(orthogonalize=observed))),
+            KERNEL_LAYERS,
+            takes_mask=True,
         ),
         dm.layer_mask_sampler(KERNEL_LAYERS, dm.uniform_depth(), seed=0),
     )
@@ -235,14 +234,14 @@ KERNEL_LAYERS = dm.layers_by_path(KERNELS, ["embed", dm.stacked("blocks"), "head
 
 def test_a_subset_of_rows_steps_alone():
     """With a distribution over subsets, drawn on the device."""
-    sampler = dm.layer_mask_sampler(LAYERS, dm.fixed_size_subsets(2), seed=1)
+    sampler = dm.layer_mask_sampler(LAYERS, dm.sampling.fixed_size_subsets(2), seed=1)
     inner = dm.per_layer(optax.scale_by_adam(), LAYERS)
     tx = optax.chain(inner, optax.scale(-0.1), sampler)
     params = make_stacked()
 
     @jax.jit
     def update(count):
-        active = jnp.asarray(sampler.subsets)[sampler.sample(count)]
+        active = jnp.asarray(sampler.draws.subsets)[sampler.sample(count)]
         updates, _ = tx.update(params, tx.init(params), layer_mask=LAYERS.subset(active))
         return active, updates
 
@@ -270,11 +269,12 @@ def test_adam_counts_the_own_steps_of_each_row():
 
 def test_a_whole_run_is_one_program_and_learns():
     """Steps in a `lax.scan`, each with a depth drawn on the device."""
-    tx = dm.drop_muon(0.05, LAYERS, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(0.05, LAYERS)
+    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0)
 
     def step(carry, count):
         params, opt_state = carry
-        depth = tx.sample(count)
+        depth = sampler.sample(count)
         carry = stacked_step(tx, params, opt_state, depth)
         return carry, (stacked_loss(params, X, 0), depth)
 
@@ -282,14 +282,14 @@ def test_a_whole_run_is_one_program_and_learns():
     params = make_stacked()
     _, (losses, depths) = run(params)
     assert losses[-1] < 0.3 * losses[0]
-    assert depths.tolist() == [tx.depth(step) for step in range(40)]
+    assert depths.tolist() == [sampler.depth(step) for step in range(40)]
     assert run._cache_size() == 1
 
     host = jax.jit(functools.partial(stacked_step, tx))
     opt_state = tx.init(params)
     for count in range(3):
         np.testing.assert_allclose(stacked_loss(params, X, 0), losses[count], rtol=1e-4)
-        params, opt_state = host(params, opt_state, jnp.int32(tx.depth(count)))
+        params, opt_state = host(params, opt_state, jnp.int32(sampler.depth(count)))
     assert host._cache_size() == 1
 
 
@@ -297,7 +297,7 @@ def test_the_program_of_the_optimizer_does_not_grow_with_the_layers():
     def num_lines(num_rows):
         params = {"blocks": {"kernel": jnp.ones((num_rows, 8, 8)), "bias": jnp.ones((num_rows, 8))}}
         layers = dm.layers_by_path(params, [dm.stacked("blocks")])
-        tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0)
+        tx = dm.drop_muon(0.1, layers)
 
         def update(state, depth):
             return tx.update(params, state, params, layer_mask=layers.mask(depth))
@@ -335,7 +335,7 @@ def test_layers_know_their_stacks():
 
 
 def test_grouped_stacks_are_masked_by_group():
-    grouped = LAYERS.group(2, costs=[1, 1, 1, 1, 2])
+    grouped = LAYERS.group(2, layer_costs=[1, 1, 1, 1, 2])
     assert grouped.names == ("embed … blocks[1]", "blocks[2] … head")
     mask = grouped.mask(1)
     assert mask["embed"] is False
@@ -359,9 +359,9 @@ def test_several_stacks_stand_in_one_order():
 
 
 def test_scion_starts_each_row_on_its_own_ball():
-    drawn = dm.scion_init(jax.random.key(0), make_stacked(), RADII, layers=LAYERS)
+    drawn = dm.optimizers.scion_init(jax.random.key(0), make_stacked(), RADII, layers=LAYERS)
     for row in drawn["blocks"]["out"]:
-        factor = dm.ROLE_NORMS["hidden"].norm(row)
+        factor = dm.optimizers.ROLE_NORMS["hidden"].norm(row)
         np.testing.assert_allclose(factor, RADII["hidden"], rtol=1e-4)
     assert not jnp.allclose(drawn["blocks"]["out"][0], drawn["blocks"]["out"][1])
 
@@ -369,7 +369,7 @@ def test_scion_starts_each_row_on_its_own_ball():
 def test_no_turn_of_the_loop_copies_the_whole_stack():
     params = {"blocks": {"kernel": jnp.ones((7, 8, 8)), "bias": jnp.ones((7, 8, 2))}}
     layers = dm.layers_by_path(params, [dm.stacked("blocks")])
-    tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0, lmo=LMO)
+    tx = dm.drop_muon(0.1, layers, orthogonalize=KERNEL)
 
     def update(state, depth):
         return tx.update(params, state, params, layer_mask=layers.mask(depth))

@@ -70,7 +70,7 @@ def test_races_record_prediction_beside_measurement(record):
     assert len(record["races"]) == 2 * 2 * 4
     for of in record["races"]:
         smoothness, costs = [1.0, 2.0], races.race_costs(2)
-        predicted = dm.predicted_speed_up(
+        predicted = dm.planning.predicted_speed_up(
             dm.fixed_depth(of["probabilities"]), smoothness, costs, criterion=of["criterion"]
         )
         assert of["predicted"] == pytest.approx(predicted, rel=1e-5)
@@ -86,7 +86,7 @@ def test_the_network_is_planned_from_its_own_numbers(record):
     assert network["flops"][0] > network["flops"][1] > 0
     for criterion in ("max", "sum"):
         name, smoothness = f"best by {criterion}", network["smoothness"][criterion]
-        best = dm.optimal_depth(smoothness, network["flops"], criterion=criterion)
+        best = dm.planning.optimal_depth(smoothness, network["flops"], criterion=criterion)
         probabilities = network["probabilities"][name]
         np.testing.assert_allclose(probabilities, best.probabilities(0, 2), rtol=1e-6)
         assert network["predicted_speed_ups"][name][criterion] >= 1

@@ -81,8 +81,10 @@ def mvr(**arguments):
 def test_ten_steps_equal_the_formulas(variant, start, x64):
     params = random_tree(0)
     momentum = mvr(decay=decay_at, variant=variant, q=q_at, start=start)
-    tx = optax.chain(momentum, dm.svd_lmo(), optax.scale_by_learning_rate(0.05))
-    theirs = reference.DropMVR(params, variant, on_waking="correct", start=start)
+    tx = optax.chain(
+        momentum, dm.norm_lmo(dm.norms.spectral_norm()), optax.scale_by_learning_rate(0.05)
+    )
+    theirs = reference.DropMVR(params, variant, on_reactivate="correct", start=start)
     state, update = tx.init(params), jax.jit(tx.update)
     for k in range(10):
         gradient = functools.partial(noisy_gradient, k)
@@ -96,7 +98,7 @@ def test_ten_steps_equal_the_formulas(variant, start, x64):
 
 def test_mars_with_dropped_layers_takes_the_last_gradient_of_each_layers_own_step(x64):
     params = random_tree(0)
-    tx = dm.mars_momentum(0.95, gamma=0.3)
+    tx = dm.transforms.mars_momentum(0.95, gamma=0.3)
     state = tx.init(params)
     m, last = {name: np.zeros(SHAPES[name]) for name in NAMES}, {}
     for k, active in enumerate(ACTIVE):
@@ -113,15 +115,19 @@ def test_mars_with_dropped_layers_takes_the_last_gradient_of_each_layers_own_ste
 
 
 @pytest.mark.parametrize(
-    ("on_waking", "start"),
+    ("on_reactivate", "start"),
     [("correct", "gradient"), ("decay", "gradient"), ("restart", "gradient"), ("decay", "zero")],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_with_dropped_layers_equal_the_formulas(variant, on_waking, start, x64):
+def test_ten_steps_with_dropped_layers_equal_the_formulas(variant, on_reactivate, start, x64):
     params = random_tree(0)
-    momentum = mvr(decay=decay_at, variant=variant, q=q_at, on_waking=on_waking, start=start)
-    tx = optax.chain(momentum, dm.svd_lmo(), optax.scale_by_learning_rate(0.05))
-    theirs = reference.DropMVR(params, variant, on_waking=on_waking, start=start)
+    momentum = mvr(
+        decay=decay_at, variant=variant, q=q_at, on_reactivate=on_reactivate, start=start
+    )
+    tx = optax.chain(
+        momentum, dm.norm_lmo(dm.norms.spectral_norm()), optax.scale_by_learning_rate(0.05)
+    )
+    theirs = reference.DropMVR(params, variant, on_reactivate=on_reactivate, start=start)
     state = tx.init(params)
     for k, active in enumerate(ACTIVE):
         gradient, mask = functools.partial(noisy_gradient, k), mask_of(active)
@@ -139,8 +145,8 @@ def test_ten_steps_with_dropped_layers_equal_the_formulas(variant, on_waking, st
 def test_the_waking_rules_differ():
     """So that the test before this one compares three rules, not one."""
     ends = set()
-    for on_waking in ("correct", "decay", "restart"):
-        theirs = reference.DropMVR(random_tree(0), 1, on_waking=on_waking, start="gradient")
+    for on_reactivate in ("correct", "decay", "restart"):
+        theirs = reference.DropMVR(random_tree(0), 1, on_reactivate=on_reactivate, start="gradient")
         for k, active in enumerate(ACTIVE):
             gradient = functools.partial(noisy_gradient, k)
             theirs.step(k, active, gradient, lr=0.05, decay=0.8, q=0.3)
@@ -150,7 +156,7 @@ def test_the_waking_rules_differ():
 
 def test_ten_steps_of_mars_equal_the_formulas(x64):
     params = random_tree(0)
-    tx = dm.mars_momentum(0.95, gamma=0.025)
+    tx = dm.transforms.mars_momentum(0.95, gamma=0.025)
     state, update = tx.init(params), jax.jit(tx.update)
     m, last = {name: np.zeros(SHAPES[name]) for name in NAMES}, None
     for k in range(10):
@@ -168,7 +174,7 @@ def test_ten_steps_of_mars_equal_the_formulas(x64):
 
 
 def test_mars_without_correction_and_limit_is_momentum():
-    plain, mars = dm.momentum(0.8), dm.mars_momentum(0.8, gamma=0.0, max_norm=None)
+    plain, mars = dm.momentum(0.8), dm.transforms.mars_momentum(0.8, gamma=0.0, max_norm=None)
     grads = [jax.tree.map(jnp.asarray, random_tree(seed)) for seed in range(4)]
     states = plain.init(grads[0]), mars.init(grads[0])
     for g in grads:
@@ -180,7 +186,7 @@ def test_mars_without_correction_and_limit_is_momentum():
 
 
 def test_mars_limits_the_norm_of_gradients_of_any_size():
-    tx = dm.mars_momentum(0.5, gamma=0.0, max_norm=2.0)
+    tx = dm.transforms.mars_momentum(0.5, gamma=0.0, max_norm=2.0)
     for scale in (1e-30, 1e-3, 1.0, 1e30, 3e38):
         grads = {"w": jnp.full((3, 3), scale, jnp.float32)}
         updates, _ = tx.update(grads, tx.init(grads))
@@ -192,7 +198,13 @@ def test_ten_steps_of_muon_mvr_equal_the_formulas(x64):
     """X ← (1 - β)X - η UVᵀ(M), M by MVR-1 with weight α = β on the new gradient."""
     radius, params = 7.0, random_tree(0)
     x = x_prev = params
-    tx = dm.muon_mvr(dm.star_convex_rate(), radius)
+    rate = dm.schedules.star_convex_rate()
+    tx = dm.muon(
+        lambda count: radius * rate(count),
+        shape_factor="spectral",
+        weight_decay=1 / radius,
+        momentum=dm.mvr_momentum(lambda count: 1 - rate(count)),
+    )
     state, update, m = tx.init(params), jax.jit(tx.update), {}
     rows = reference.published_rows("polar_express")
     for k in range(10):
@@ -213,7 +225,10 @@ def test_ten_steps_of_muon_mvr_equal_the_formulas(x64):
 def test_gluon_mvr_has_the_schedules_of_the_theory(variant, x64):
     params = random_tree(0)
     radii = {"hidden": 2.0, "head": 3.0}
-    tx = dm.gluon_mvr(dm.mvr_radius(0.1), radii, variant=variant)
+    q = None if variant == 1 else dm.schedules.mvr_q()
+    decay = dm.schedules.mvr_decay() if variant == 1 else 0.9
+    momentum = dm.mvr_momentum(decay, variant=variant, q=q)
+    tx = dm.gluon(dm.schedules.mvr_radius(0.1), radii, momentum=momentum)
     state, update = tx.init(params), jax.jit(tx.update)
     averages = {name: None for name in NAMES}
     previous = params
@@ -400,7 +415,7 @@ def test_muon_keeps_the_previous_parameters_of_everything_if_its_momentum_does()
     with_mvr = dm.muon(0.1, momentum=dm.mvr_momentum())
     kept = dm.prev_params(with_mvr.init(params), params)
     np.testing.assert_array_equal(kept["bias"], params["bias"])
-    without = dm.muon(0.1, momentum=dm.mars_momentum())
+    without = dm.muon(0.1, momentum=dm.transforms.mars_momentum())
     assert len(jax.tree.leaves(without.init(params))) < len(jax.tree.leaves(with_mvr.init(params)))
 
 
@@ -425,14 +440,11 @@ def loss_fn(params, x, key=None):
     return jnp.mean(x**2)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("depth", [0, 2, NUM_LAYERS - 1])
-def test_a_pair_is_the_gradients_at_both_points_with_the_same_randomness(depth, stacked):
+def test_a_pair_is_the_gradients_at_both_points_with_the_same_randomness(depth):
     params, prev_params, x, layers = make_network()
     mask, key = layers.mask(depth), jax.random.key(2)
-    pair = jax.jit(
-        functools.partial(dm.masked_value_and_grad_pair(loss_fn, stacked=stacked), layer_mask=mask)
-    )
+    pair = jax.jit(functools.partial(dm.masked_value_and_grad_pair(loss_fn), layer_mask=mask))
     value, (grads, prev_grads) = pair(params, prev_params, x, key=key)
     previous = params[:depth] + prev_params[depth:]
     for point, actual in ((params, grads), (previous, prev_grads)):
@@ -444,11 +456,10 @@ def test_a_pair_is_the_gradients_at_both_points_with_the_same_randomness(depth, 
     assert float(value) != pytest.approx(float(loss_fn(params, x)), rel=1e-3)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_a_pair_returns_the_auxiliary_data_of_the_parameters(stacked):
+def test_a_pair_returns_the_auxiliary_data_of_the_parameters():
     params, prev_params, x, _ = make_network()
     pair = dm.masked_value_and_grad_pair(
-        lambda p, x: (loss_fn(p, x), {"sum": p[0].sum(), "x": x}), has_aux=True, stacked=stacked
+        lambda p, x: (loss_fn(p, x), {"sum": p[0].sum(), "x": x}), has_aux=True
     )
     (value, aux), (grads, _) = pair(params, prev_params, x, layer_mask=None)
     assert float(value) == pytest.approx(float(loss_fn(params, x)), rel=1e-6)
@@ -461,8 +472,7 @@ def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_a_pair_costs_at_most_twice_the_truncated_gradient(stacked):
+def test_a_pair_costs_at_most_twice_the_truncated_gradient():
     params, prev_params, x, layers = make_network()
     for depth in range(NUM_LAYERS):
         mask = layers.mask(depth)
@@ -470,9 +480,7 @@ def test_a_pair_costs_at_most_twice_the_truncated_gradient(stacked):
             functools.partial(dm.masked_value_and_grad(loss_fn), layer_mask=mask), params, x
         )
         two = compiled(
-            functools.partial(
-                dm.masked_value_and_grad_pair(loss_fn, stacked=stacked), layer_mask=mask
-            ),
+            functools.partial(dm.masked_value_and_grad_pair(loss_fn), layer_mask=mask),
             *(params, prev_params, x),
         )
         ratio = two.cost_analysis()["flops"] / one.cost_analysis()["flops"]
@@ -492,7 +500,8 @@ def test_the_forward_pass_below_the_depth_is_in_the_program_once(depth):
 
 def test_a_training_step_with_mvr_compiles_once_for_each_depth_and_donates_everything():
     params, _, x, layers = make_network()
-    tx = dm.drop_muon(0.05, layers, dm.uniform_depth(), seed=0, momentum=dm.mvr_momentum(variant=3))
+    tx = dm.drop_muon(0.05, layers, momentum=dm.mvr_momentum(variant=3))
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
 
     @functools.partial(jax.jit, static_argnames="depth", donate_argnums=(0, 1))
     def step(params, state, depth):
@@ -508,11 +517,11 @@ def test_a_training_step_with_mvr_compiles_once_for_each_depth_and_donates_every
     state, losses = tx.init(params), []
     donated = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.size]
     for k in range(25):
-        params, state, loss = step(params, state, depth=tx.depth(k))
+        params, state, loss = step(params, state, depth=sampler.depth(k))
         losses.append(float(loss))
         if k == 0:
             assert all(leaf.is_deleted() for leaf in donated)
-    assert step._cache_size() == NUM_LAYERS == len({tx.depth(k) for k in range(25)})
+    assert step._cache_size() == NUM_LAYERS == len({sampler.depth(k) for k in range(25)})
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -520,17 +529,19 @@ def test_schedules_fall_as_the_theory_says():
     for k, schedule in itertools.product((0, 1, 7, 999), ("decay", "q", "radius")):
         weight = (k + 1) ** (-2 / 3)
         actual, expected = {
-            "decay": (dm.mvr_decay()(k), 1 - weight),
-            "q": (dm.mvr_q()(jnp.int32(k)), weight),
-            "radius": (dm.mvr_radius(0.3)(k), 0.3 * weight),
+            "decay": (dm.schedules.mvr_decay()(k), 1 - weight),
+            "q": (dm.schedules.mvr_q()(jnp.int32(k)), weight),
+            "radius": (dm.schedules.mvr_radius(0.3)(k), 0.3 * weight),
         }[schedule]
         assert float(actual) == pytest.approx(expected, abs=1e-6)
-    assert [float(dm.star_convex_rate()(k)) for k in (0, 2, 18)] == pytest.approx([1, 0.5, 0.1])
+    assert [float(dm.schedules.star_convex_rate()(k)) for k in (0, 2, 18)] == pytest.approx(
+        [1, 0.5, 0.1]
+    )
 
 
 def test_an_optimizer_of_every_layer_takes_the_mask_of_every_layer():
     params = jax.tree.map(jnp.float32, random_tree(0))
-    tx = dm.gluon_mvr(0.1)
+    tx = dm.gluon(0.1, momentum=dm.mvr_momentum())
     state = tx.init(params)
     with_none, _ = tx.update(params, state, params, prev_params_grads=params, layer_mask=None)
     without, _ = tx.update(params, state, params, prev_params_grads=params)
@@ -538,24 +549,18 @@ def test_an_optimizer_of_every_layer_takes_the_mask_of_every_layer():
         np.testing.assert_array_equal(with_none[name], without[name])
 
 
-def test_a_rate_of_exactly_one_minus_decay_is_allowed():
-    dm.muon_mvr(0.1, 3.0, decay=0.9)
-
-
-def test_a_pair_with_nothing_active_is_zero_in_both_forms():
+def test_a_pair_with_nothing_active_is_zero():
     params, prev_params, x, layers = make_network()
     mask = layers.subset([False] * NUM_LAYERS)
-    for stacked in (False, True):
-        pair = dm.masked_value_and_grad_pair(loss_fn, stacked=stacked)
-        _, (grads, prev_grads) = pair(params, prev_params, x, layer_mask=mask)
-        assert not any(leaf.any() for leaf in jax.tree.leaves((grads, prev_grads)))
+    pair = dm.masked_value_and_grad_pair(loss_fn)
+    _, (grads, prev_grads) = pair(params, prev_params, x, layer_mask=mask)
+    assert not any(leaf.any() for leaf in jax.tree.leaves((grads, prev_grads)))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_a_pair_has_the_dtypes_of_the_parameters(stacked):
+def test_a_pair_has_the_dtypes_of_the_parameters():
     params, prev_params, x, _ = make_network()
     low = [w.astype(jnp.bfloat16) for w in params]
-    pair = dm.masked_value_and_grad_pair(loss_fn, stacked=stacked)
+    pair = dm.masked_value_and_grad_pair(loss_fn)
     value, gradients = pair(low, prev_params, x.astype(jnp.bfloat16), layer_mask=None)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
     assert value.dtype == jnp.bfloat16

@@ -42,8 +42,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "MVR-3, q 0.1": Estimator(
         lambda decay: dm.mvr_momentum(decay, variant=3, q=0.1), two_gradients=True
     ),
-    "MARS": Estimator(dm.mars_momentum),
-    "MARS, no limit": Estimator(lambda decay: dm.mars_momentum(decay, max_norm=None)),
+    "MARS": Estimator(dm.transforms.mars_momentum),
+    "MARS, no limit": Estimator(lambda decay: dm.transforms.mars_momentum(decay, max_norm=None)),
 }
 
 
@@ -94,7 +94,7 @@ def measure(
     def run(key: Array, radius: Array, decay: Array) -> dict[str, Float[Array, " steps"]]:
         txs = {name: estimator.make(decay) for name, estimator in names.items()}
         driver = dm.momentum(_DRIVER_DECAY)
-        lmo = dm.svd_lmo(radius)
+        lmo = dm.norm_lmo(dm.norms.spectral_norm(), radius)
 
         def step(carry: Any, key: Array) -> Any:
             params, driver_state, states = carry

@@ -22,7 +22,7 @@ VARIANTS: tuple[Literal[1, 3], ...] = (1, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a momentum does about layers that slept; without a variant it is the EMA.
+    """What a momentum does about layers that were inactive; without a variant it is the EMA.
 
     The second gradient is taken
 
@@ -111,7 +111,10 @@ def measure(
 
 
 def previous_point(
-    point: Point, state: dm.MVRMomentumState, params: dict[str, Array], layer_mask: dict[str, bool]
+    point: Point,
+    state: dm.transforms.MVRMomentumState,
+    params: dict[str, Array],
+    layer_mask: dict[str, bool],
 ) -> dict[str, Array]:
     """Where the second gradient is taken."""
     own: Any = dm.prev_params(state, params)
@@ -132,13 +135,13 @@ def _run(
 ) -> Measured:
     radius, noise, coupling, decay = configuration
     layers = dm.layers_by_path(problem.start, sorted(problem.start))
-    sampler = dm.layer_mask_sampler(layers, dm.uniform_depth(), seed=seed)
+    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=seed)
     momentum = (
         dm.momentum(decay)
         if rule.variant is None
-        else dm.mvr_momentum(decay, variant=rule.variant, on_waking=rule.on_waking)
+        else dm.mvr_momentum(decay, variant=rule.variant, on_reactivate=rule.on_waking)
     )
-    lmo = dm.euclidean_lmo(radius)
+    lmo = dm.norm_lmo(dm.norms.euclidean_norm(), radius)
     value_and_grad = dm.masked_value_and_grad(problem.loss)
 
     def train_step(params: Any, state: Any, full: Any, sample: Array, layer_mask: Any) -> Any:

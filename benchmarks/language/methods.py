@@ -39,6 +39,7 @@ class Method(NamedTuple):
     """A contestant at a learning rate and with a seed, both of which may be traced."""
 
     tx: optax.GradientTransformationExtraArgs
+    sampler: dm.DepthSampler
     depth: Callable[[jax.Array, Any], int | jax.Array]
     """Of a step, by its number and the state before it: 0, a Python integer, of those that update
     every layer."""
@@ -70,7 +71,8 @@ def make_method(
             adam_learning_rate=auxiliary_rate,
             muon_weight_dimension_numbers=_dimension_numbers,
         )
-        return Method(optax.with_extra_args_support(tx), lambda count, opt_state: 0)
+        sampler = dm.DepthSampler(layers, dm.full_depth(), seed=seed)
+        return Method(optax.with_extra_args_support(tx), sampler, lambda count, opt_state: 0)
     if name in ("muon", "muon_short"):
         distribution = dm.full_depth()
     elif name == "drop_muon_epoch_shift":
@@ -82,15 +84,11 @@ def make_method(
         distribution = dm.fixed_depth([full + rest] + [rest] * (layers.num_layers - 1))
     else:
         distribution = dm.uniform_depth()
-    tx = dm.drop_muon(
-        rate,
-        layers,
-        distribution,
-        seed=seed,
-        momentum=dm.momentum(decay),
-        auxiliary_learning_rate=auxiliary_rate,
-    )
-    return Method(tx, tx.sample if drops_layers(name) else lambda count, opt_state: 0)
+    tx = dm.drop_muon(rate, layers, momentum=decay, auxiliary_learning_rate=auxiliary_rate)
+    sampler = dm.DepthSampler(layers, distribution, seed=seed)
+    if name == "drop_muon_time_aware":
+        tx = dm.record_gains(tx, sampler)
+    return Method(tx, sampler, sampler.sample if drops_layers(name) else lambda count, opt_state: 0)
 
 
 def drops_layers(name: MethodName) -> bool:

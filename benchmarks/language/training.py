@@ -144,7 +144,7 @@ class Race:
             jitted = jax.jit(step, static_argnames="depth", donate_argnums=(0, 1))
             windows = self.train_tokens[runner.starts[0][:, None] + np.arange(self.window)]
             arguments = runner.params, runner.opt_state, windows
-            costs = dm.depth_cost(jitted, layers, *arguments, measure="seconds")
+            costs = dm.planning.depth_cost(jitted, layers, *arguments, measure="seconds")
             self.measured_costs += costs.tolist()
         return self.measured_costs
 

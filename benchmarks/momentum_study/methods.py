@@ -56,7 +56,9 @@ def spending(method: MethodName) -> Spending:
 def make_momentum(method: MethodName, *, decay: float, q: float) -> optax.GradientTransformation:
     """What becomes of the gradients of the matrices."""
     if method == "mars":
-        return dm.mars_momentum(decay=0.95)  # with its γ and its norm, the published ones
+        return dm.transforms.mars_momentum(
+            decay=0.95
+        )  # with its γ and its norm, the published ones
     if method == "mvr1":
         return dm.mvr_momentum(decay, variant=1)
     if method == "mvr2":

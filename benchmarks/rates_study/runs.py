@@ -14,7 +14,8 @@ import dropmuon_jax as dm
 from rates_study.problems import BALL, Problem
 from rates_study.settings import Settings
 
-STAR_CONVEX_RATE = dm.star_convex_rate()
+SPECTRAL_NORM = dm.norms.spectral_norm(orthogonalize=dm.orthogonalize.svd_polar_factor)
+STAR_CONVEX_RATE = dm.schedules.star_convex_rate()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Method:
 
 
 def _nonconvex(momentum: Any, radius: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(momentum, dm.svd_lmo(), optax.scale_by_learning_rate(radius))
+    return optax.chain(momentum, dm.norm_lmo(SPECTRAL_NORM), optax.scale_by_learning_rate(radius))
 
 
 def _star_convex(momentum: Any) -> optax.GradientTransformation:
     return optax.chain(
         momentum,
-        dm.svd_lmo(BALL),
+        dm.norm_lmo(SPECTRAL_NORM, BALL),
         optax.add_decayed_weights(1.0),
         optax.scale_by_learning_rate(STAR_CONVEX_RATE),
     )
@@ -41,25 +42,31 @@ def _star_convex(momentum: Any) -> optax.GradientTransformation:
 
 NONCONVEX: dict[str, Method] = {
     "EMA": Method(
-        lambda _, t: _nonconvex(dm.momentum(dm.gluon_decay()), dm.gluon_radius(t)),
+        lambda _, t: _nonconvex(
+            dm.momentum(dm.schedules.gluon_decay()), dm.schedules.gluon_radius(t)
+        ),
         bound=-1 / 4,
         two_gradients=False,
     ),
     "MVR-1": Method(
-        lambda _, t: _nonconvex(dm.mvr_momentum(dm.mvr_decay()), dm.mvr_radius(t)),
+        lambda _, t: _nonconvex(
+            dm.mvr_momentum(dm.schedules.mvr_decay()), dm.schedules.mvr_radius(t)
+        ),
         bound=-1 / 3,
         two_gradients=True,
     ),
     "MVR-2": Method(
         lambda settings, t: _nonconvex(
-            dm.mvr_momentum(settings.mvr_decay, variant=2, q=dm.mvr_q()), dm.mvr_radius(t)
+            dm.mvr_momentum(settings.mvr_decay, variant=2, q=dm.schedules.mvr_q()),
+            dm.schedules.mvr_radius(t),
         ),
         bound=-1 / 3,
         two_gradients=True,
     ),
     "MVR-3": Method(
         lambda settings, t: _nonconvex(
-            dm.mvr_momentum(settings.mvr_decay, variant=3, q=dm.mvr_q()), dm.mvr_radius(t)
+            dm.mvr_momentum(settings.mvr_decay, variant=3, q=dm.schedules.mvr_q()),
+            dm.schedules.mvr_radius(t),
         ),
         bound=-1 / 3,
         two_gradients=True,
@@ -86,7 +93,7 @@ STAR_CONVEX: dict[str, Method] = {
 
 def gradient_norm(problem: Problem, params: Array) -> Array:
     """‖∇f(X)‖* in the dual of the spectral norm: the nuclear norm."""
-    return dm.spectral_norm().dual_norm(jax.grad(problem.value)(params))
+    return dm.norms.spectral_norm().dual_norm(jax.grad(problem.value)(params))
 
 
 def gap(problem: Problem, params: Array) -> Array:

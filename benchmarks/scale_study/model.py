@@ -147,14 +147,14 @@ def _planned(
     num_steps: int,
 ) -> Work:
     params, layers = network.matrices()
-    plan = dm.plan_layouts(
+    plan = dm.sharding.plan_layouts(
         params,
         pod(devices),
         layers=layers,
         layer_mask=layers.mask(network.num_blocks - num_blocks),
         layout=layout,
         flops_per_byte=flops_per_byte,
-        orthogonalize=dm.newton_schulz(num_steps=num_steps),
+        orthogonalize=dm.orthogonalize.newton_schulz(num_steps=num_steps),
     )
     return Work(
         sum(of_shape.flops for of_shape in plan), sum(of_shape.bytes_received for of_shape in plan)

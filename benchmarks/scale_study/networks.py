@@ -43,7 +43,7 @@ class Network(NamedTuple):
 
     def matrices(self) -> tuple[Any, dm.Layers]:
         """Those of all blocks as stacks, for `plan_layouts`, and the blocks as layers."""
-        params = {
+        params: Any = {
             "blocks": {
                 name: jax.ShapeDtypeStruct((self.num_blocks, *shape), jnp.float32)
                 for name, shape in self.shapes().items()

@@ -132,11 +132,15 @@ def transformation(case: Case, arranged: Arranged) -> optax.GradientTransformati
             ),
         )
         return optax.with_extra_args_support(muon)
-    lmo = dm.newton_schulz_lmo(num_steps=case.num_steps)
-    tx = dm.drop_muon(LEARNING_RATE, arranged.layers, dm.uniform_depth(), seed=0, lmo=lmo)
+    tx = dm.drop_muon(
+        LEARNING_RATE,
+        arranged.layers,
+        orthogonalize=dm.orthogonalize.newton_schulz(num_steps=case.num_steps),
+        shape_factor="spectral",
+    )
     if case.method == "set_mesh":
         return tx
-    return dm.on_mesh(tx, arranged.shardings, layout=LAYOUTS[case.method])
+    return dm.on_mesh(tx, shardings=arranged.shardings, layout=LAYOUTS[case.method])
 
 
 def _step(
@@ -156,13 +160,13 @@ def _step(
 def _planned_bytes(case: Case, arranged: Arranged) -> float | None:
     if case.method not in LAYOUTS or case.is_traced:
         return None
-    plan = dm.plan_layouts(
+    plan = dm.sharding.plan_layouts(
         arranged.params,
-        arranged.shardings,
+        shardings=arranged.shardings,
         layers=arranged.layers,
         layer_mask=arranged.layers.mask(case.depth),
         layout=LAYOUTS[case.method],
-        orthogonalize=dm.newton_schulz(num_steps=case.num_steps),
+        orthogonalize=dm.orthogonalize.newton_schulz(num_steps=case.num_steps),
     )
     return sum(of_shape.bytes_received for of_shape in plan)
 

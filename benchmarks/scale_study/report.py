@@ -28,7 +28,7 @@ RULES = {
     "turns",
     "least_bytes": "each active matrix meets on one device and returns: 2 (D-1)/D of its bytes, "
     "summed over D devices, and here for one of them on average; 0 where matrices are whole",
-    "planned_bytes": "what dm.plan_layouts says of the busiest device",
+    "planned_bytes": "what dm.sharding.plan_layouts says of the busiest device",
     "flops": "of a device, by XLA, which counts loops once and every branch of conditionals",
 }
 MODELLED = {
@@ -37,8 +37,8 @@ MODELLED = {
     "active layers, of a frozen head 2; parameters gathered before forward and backward pass, "
     "gradients scattered; the longer of operations and bytes. The token table, which is the head "
     "too, is layer 0",
-    "optimizer": "operations and bytes of dm.plan_layouts, one after the other, of the busiest "
-    "device of each shape, added up",
+    "optimizer": "operations and bytes of dm.sharding.plan_layouts, one after the other, of the "
+    "busiest device of each shape, added up",
     "optax": "each step of the iteration, of each matrix: XX^T all-reduced if it is oblong "
     "(sharded along its longer side); if it is square, X gathered twice and XX^T once. As counted",
     "left_out": "attention scores, elementwise work, latency, links that are shared",

@@ -66,7 +66,7 @@ class Sweep:
 
 def compare(
     study: Study,
-    fits: Mapping[SampleKind, dm.SmoothnessFit],
+    fits: Mapping[SampleKind, dm.planning.SmoothnessFit],
     report: Callable[[str, int], None] = lambda text, runs: None,
 ) -> list[Sweep]:
     """Every sweep.

@@ -38,7 +38,7 @@ def noise_by_leaf(samples: Mapping[SampleKind, Samples]) -> dict[str, tuple[floa
 def print_tables(
     console: Console,
     samples: Mapping[SampleKind, Samples],
-    fits: Mapping[SampleKind, dm.SmoothnessFit],
+    fits: Mapping[SampleKind, dm.planning.SmoothnessFit],
     sweeps: Sequence[Sweep],
 ) -> None:
     """The fits, the noise of minibatches, the sweeps, and what they say."""
@@ -137,7 +137,7 @@ def sweep_figure(sweeps: Sequence[Sweep]) -> Figure:
 
 def record(
     samples: Mapping[SampleKind, Samples],
-    fits: Mapping[SampleKind, dm.SmoothnessFit],
+    fits: Mapping[SampleKind, dm.planning.SmoothnessFit],
     sweeps: Sequence[Sweep],
 ) -> dict[str, Any]:
     """Everything as plain numbers."""

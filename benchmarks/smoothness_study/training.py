@@ -16,8 +16,8 @@ from smoothness_study.settings import Settings
 Gradients = Literal["exact", "minibatch"]
 GRADIENTS: tuple[Gradients, ...] = ("exact", "minibatch")
 SampleKind = Literal["exact", "minibatch", "same batch"]
-Samples = dict[str, dm.SmoothnessSamples]
-Radii = dict[str, dm.AdaptiveRadius]
+Samples = dict[str, dm.planning.SmoothnessSamples]
+Radii = dict[str, dm.schedules.AdaptiveRadius]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Study:
         # The first convolution sees one channel, of grey images: it is not depthwise.
         self.roles = {"Conv_0/kernel": "hidden", "Dense_0/kernel": "head"}
         self.tracker = dm.chain_subtrees(
-            {role: dm.track_smoothness(norm) for role, norm in dm.ROLE_NORMS.items()},
-            lambda params: dm.role_labels(params, self.roles),
+            {
+                role: dm.planning.track_smoothness(norm)
+                for role, norm in dm.optimizers.ROLE_NORMS.items()
+            },
+            dm.Roles(self.roles).labels,
         )
         self._init = jax.jit(self.model.init)
         self._track = jax.jit(self.tracker.update)
@@ -56,7 +59,9 @@ class Study:
         params, opt_state = self._start(seed)
         kinds: list[SampleKind] = ["exact"] if gradients == "exact" else ["minibatch", "same batch"]
         states = {kind: self.tracker.init(params) for kind in kinds}
-        records: dict[SampleKind, dm.SmoothnessRecord] = {k: dm.SmoothnessRecord() for k in kinds}
+        records: dict[SampleKind, dm.planning.SmoothnessRecord] = {
+            k: dm.planning.SmoothnessRecord() for k in kinds
+        }
         prev_params = None
         for step, rows in enumerate(self._batches(seed, gradients)):
             _, grads = self._loss_and_gradient(params, rows)
@@ -75,7 +80,7 @@ class Study:
         """The end of a run in which every leaf has its radius times the multiplier."""
         # t / c for t = ‖M‖* / (L⁰ + L¹‖M‖*) are other constants, not another program.
         scaled = {
-            path: dm.AdaptiveRadius(radius.l0 / multiplier, radius.l1 / multiplier)
+            path: dm.schedules.AdaptiveRadius(radius.l0 / multiplier, radius.l1 / multiplier)
             for path, radius in radii.items()
         }
         params, opt_state = self._start(seed)
@@ -93,14 +98,20 @@ class Study:
     def constant(self, radius: float) -> Radii:
         """One radius for every leaf and gradient: L⁰ = 0 and L¹ = 1 / radius."""
         layers = dm.layers_by_path(self._abstract_params(), self.model.layer_patterns())
-        return {f"/{path}": dm.AdaptiveRadius(0.0, 1 / radius) for path in layers.leaf_paths}
+        return {
+            f"/{path}": dm.schedules.AdaptiveRadius(0.0, 1 / radius)
+            for path in (leaf.path for leaf in layers.leaves)
+        }
 
     def _abstract_params(self) -> Any:
         return jax.eval_shape(self._init, jax.random.key(0), self.data.train_images[:1])["params"]
 
     def _optimizer(self, radii: Any, decay: Any) -> optax.GradientTransformationExtraArgs:
         return dm.gluon(
-            1.0, dict.fromkeys(dm.ROLES, radii), momentum=dm.momentum(decay), roles=self.roles
+            1.0,
+            dict.fromkeys(dm.layers.ROLES, radii),
+            momentum=dm.momentum(decay),
+            roles=self.roles,
         )
 
     def _start(self, seed: int) -> tuple[Any, Any]:

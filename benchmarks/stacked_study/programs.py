@@ -98,7 +98,7 @@ class Problem:
         model = self._model("inputs")
         self.params = jax.jit(model.init)(jax.random.key(0), self.batch[0][:1])["params"]
         self.layers = dm.layers_by_path(self.params, model.layer_patterns())
-        self.tx = dm.drop_muon(LEARNING_RATE, self.layers, dm.uniform_depth(), seed=0)
+        self.tx = dm.drop_muon(LEARNING_RATE, self.layers)
         params = jax.tree.map(jnp.copy, self.params)
         self._of_steps = [params, self.tx.init(params)]  # which steps of all depths overwrite
 

@@ -3,7 +3,7 @@
 The smoothness of a layer is that of its leaves that take Muon's steps: the largest of theirs for
 "max" and their sum for "sum", as the bounds have it if every leaf counts. In the CNN that is one
 kernel; its bias is Adam's, which has no norm, and left out. A leaf's is L⁰ + L¹‖g‖* of the line
-that `dm.fit_smoothness` puts through its samples, at the median ‖g‖*.
+that `dm.planning.fit_smoothness` puts through its samples, at the median ‖g‖*.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from images import Images
 from methods import cross_entropy
 from theory_study.search import CRITERIA
 
-MUON_NORM = dm.spectral_norm("muon")  # of the steps of dm.muon
+MUON_NORM = dm.norms.spectral_norm("muon")  # of the steps of dm.muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Plan:
     """Uniform depths, and the best by each criterion, "best by max"."""
     speed_ups: dict[str, dict[str, float]]
     """Predicted over full steps, by distribution and criterion."""
-    fit: dm.SmoothnessFit
+    fit: dm.planning.SmoothnessFit
     """Of each leaf that takes Muon's steps."""
 
     def probabilities(self) -> dict[str, list[float]]:
@@ -83,12 +83,14 @@ def plan(
         of_depths = np.asarray(costs, float)
     smoothness = _of_layers(fit, layers)
     distributions = {"uniform": dm.uniform_depth()} | {
-        f"best by {of}": dm.optimal_depth(smoothness[of], of_depths, criterion=of)
+        f"best by {of}": dm.planning.optimal_depth(smoothness[of], of_depths, criterion=of)
         for of in CRITERIA
     }
     speed_ups = {
         name: {
-            of: dm.predicted_speed_up(distribution, smoothness[of], of_depths, criterion=of)
+            of: dm.planning.predicted_speed_up(
+                distribution, smoothness[of], of_depths, criterion=of
+            )
             for of in CRITERIA
         }
         for name, distribution in distributions.items()
@@ -107,11 +109,12 @@ def _batches(images: Images, batch_size: int, num_steps: int, seed: int) -> list
 
 def _measure(
     model: nn.Module, params: Any, batches: list[Any], schedule: optax.Schedule
-) -> dm.SmoothnessFit:
+) -> dm.planning.SmoothnessFit:
     """Along a run of Muon, from two gradients of the same batch."""
     tx = dm.muon(schedule)
     tracker = dm.chain_subtrees(
-        {"matrix": dm.track_smoothness(MUON_NORM), "other": optax.identity()}, dm.matrix_labels
+        {"matrix": dm.planning.track_smoothness(MUON_NORM), "other": optax.identity()},
+        dm.matrix_labels,
     )
     gradient = jax.grad(functools.partial(cross_entropy, model))
 
@@ -123,20 +126,20 @@ def _measure(
         return optax.apply_updates(params, updates), params, opt_state, tracked
 
     prev_params, opt_state, tracked = params, tx.init(params), tracker.init(params)
-    samples = dm.SmoothnessRecord()
+    samples = dm.planning.SmoothnessRecord()
     for batch in batches:
         params, prev_params, opt_state, tracked = step(
             params, prev_params, opt_state, tracked, batch
         )
         samples.append(tracked)
-    return dm.fit_smoothness(samples)
+    return dm.planning.fit_smoothness(samples)
 
 
 def _count(
     model: nn.Module, params: Any, layers: dm.Layers, batch: Any, schedule: optax.Schedule
 ) -> Float[np.ndarray, " layers"]:
     """FLOPs of a step of Drop-Muon at each depth."""
-    tx = dm.drop_muon(schedule, layers, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(schedule, layers)
 
     @functools.partial(jax.jit, static_argnames="depth")
     def step(params, opt_state, batch, depth):
@@ -147,16 +150,18 @@ def _count(
         updates, opt_state = tx.update(grads, opt_state, params, layer_mask=mask)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    return dm.depth_cost(step, layers, params, jax.eval_shape(tx.init, params), batch)
+    return dm.planning.depth_cost(step, layers, params, jax.eval_shape(tx.init, params), batch)
 
 
-def _of_layers(fit: dm.SmoothnessFit, layers: dm.Layers) -> dict[str, Float[np.ndarray, " layers"]]:
+def _of_layers(
+    fit: dm.planning.SmoothnessFit, layers: dm.Layers
+) -> dict[str, Float[np.ndarray, " layers"]]:
     """Of each criterion."""
     leaves: list[list[float]] = [[] for _ in layers.names]
-    for path, layer in zip(layers.leaf_paths, layers.layer_of_leaf, strict=True):
-        if path in fit.leaves:
-            of = fit.leaves[path]
-            leaves[layer].append(of.l0 + of.l1 * of.median_dual_norm)
+    for leaf in layers.leaves:
+        if leaf.path in fit.leaves:
+            of = fit.leaves[leaf.path]
+            leaves[leaf.layers[0]].append(of.l0 + of.l1 * of.median_dual_norm)
     return {
         "max": np.array([max(of) for of in leaves]),
         "sum": np.array([sum(of) for of in leaves]),

@@ -14,10 +14,10 @@ import dropmuon_jax as dm
 
 Params = tuple[Array, ...]
 # Asymmetric on purpose; the layers of a problem take turns with them.
-SPACES: tuple[tuple[dm.Norm, tuple[int, ...]], ...] = (
-    (dm.spectral_norm("rms_to_rms"), (4, 3)),
-    (dm.sign_norm(), (3, 2)),
-    (dm.euclidean_norm(), (5,)),
+SPACES: tuple[tuple[dm.norms.Norm, tuple[int, ...]], ...] = (
+    (dm.norms.spectral_norm("rms_to_rms"), (4, 3)),
+    (dm.norms.sign_norm(), (3, 2)),
+    (dm.norms.euclidean_norm(), (5,)),
 )
 
 
@@ -26,7 +26,7 @@ class Problem:
     """f(X + G) ≤ f(X) + ⟨∇f(X), G⟩ + Σ_i ½(L⁰_i + L¹_i ‖∇_i f(X)‖*)‖G_i‖²."""
 
     name: str
-    norms: tuple[dm.Norm, ...]
+    norms: tuple[dm.norms.Norm, ...]
     loss: Callable[[Params], Array]
     start: Params
     infimum: float
@@ -108,7 +108,7 @@ def hyperbolic(scales: Sequence[float], seed: int) -> Problem:
     return Problem("cosh", norms, loss, start, float(len(of)), 2 * of**2, (math.e - 1) * of)
 
 
-def _layers(num_layers: int, seed: int) -> tuple[tuple[dm.Norm, ...], Params]:
+def _layers(num_layers: int, seed: int) -> tuple[tuple[dm.norms.Norm, ...], Params]:
     """The norms, and a random array for each."""
     generator = np.random.default_rng([seed, num_layers])
     spaces = [SPACES[i % len(SPACES)] for i in range(num_layers)]
@@ -117,23 +117,23 @@ def _layers(num_layers: int, seed: int) -> tuple[tuple[dm.Norm, ...], Params]:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # operation by operation it compiles for seconds
-def _directions(norms: tuple[dm.Norm, ...], arrays: Params) -> Params:
+def _directions(norms: tuple[dm.norms.Norm, ...], arrays: Params) -> Params:
     return tuple(norm.direction(x) for norm, x in zip(norms, arrays, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_dual_norm_1(norms: tuple[dm.Norm, ...], arrays: Params) -> Params:
+def _of_dual_norm_1(norms: tuple[dm.norms.Norm, ...], arrays: Params) -> Params:
     return tuple(x / norm.dual_norm(x) for norm, x in zip(norms, arrays, strict=True))
 
 
-def _largest_squares(norms: tuple[dm.Norm, ...], arrays: Params) -> list[float]:
+def _largest_squares(norms: tuple[dm.norms.Norm, ...], arrays: Params) -> list[float]:
     """Of ‖Z‖_F in each unit ball, which every direction of full rank attains."""
     return [float(np.sum(np.square(of))) for of in _directions(norms, arrays)]
 
 
 def _smooth(
     name: str,
-    norms: tuple[dm.Norm, ...],
+    norms: tuple[dm.norms.Norm, ...],
     loss: Callable[[Params], Array],
     start: Params,
     smoothness: Sequence[float],

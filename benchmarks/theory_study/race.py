@@ -60,7 +60,7 @@ def race(settings: Settings, done: Callable[[str], None] = lambda text: None) ->
             for profile, smoothness in profiles(settings).items():
                 problem = make(smoothness.tolist(), settings.seed)
                 distributions = {"full": dm.full_depth(), "uniform": dm.uniform_depth()} | {
-                    f"best by {of}": dm.optimal_depth(smoothness, costs, criterion=of)
+                    f"best by {of}": dm.planning.optimal_depth(smoothness, costs, criterion=of)
                     for of in CRITERIA
                 }
                 probabilities = {
@@ -80,7 +80,9 @@ def race(settings: Settings, done: Callable[[str], None] = lambda text: None) ->
                                 criterion,
                                 name,
                                 probabilities[name].tolist(),
-                                dm.predicted_speed_up(of, smoothness, costs, criterion=criterion),
+                                dm.planning.predicted_speed_up(
+                                    of, smoothness, costs, criterion=criterion
+                                ),
                                 spent["full"][i] / spent[name][i],
                             )
                         )

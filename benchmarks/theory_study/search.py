@@ -79,8 +79,10 @@ def search(settings: Settings, criterion: str) -> Verdict:
         tried = candidates(len(costs), settings.candidates, generator)
         full = costs[0] * (smoothness.max() if criterion == "max" else smoothness.sum())
         best_found = time_bound(tried, smoothness, costs, criterion).min()
-        distribution = dm.optimal_depth(smoothness, costs, criterion=criterion)
-        best = full / dm.predicted_speed_up(distribution, smoothness, costs, criterion=criterion)
+        distribution = dm.planning.optimal_depth(smoothness, costs, criterion=criterion)
+        best = full / dm.planning.predicted_speed_up(
+            distribution, smoothness, costs, criterion=criterion
+        )
         found.append(bool(best_found >= full * (1 - ROUNDING)))
         predicted.append(full_is_optimal(smoothness, costs, criterion))
         beaten_by = max(beaten_by, float(1 - best_found / best))

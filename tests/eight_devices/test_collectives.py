@@ -1,4 +1,4 @@
-"""What the compiled update says to other devices: counted in the program, never timed."""
+"""What a compiled update exchanges between devices: counted in the program, never timed."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def test_each_further_shape_takes_as_many():
         assert exchanges(owned(), params) == {"all-to-all": 2 * number}
 
 
-def test_a_shape_and_its_transpose_travel_together():
+def test_a_shape_and_its_transpose_are_exchanged_together():
     params = {"wide": matrices(4), "tall": matrices(4, (COLS, ROWS))}
     mesh = make_mesh(fsdp=8)
     specs = {
@@ -67,7 +67,7 @@ def test_a_shape_and_its_transpose_travel_together():
         "tall": dict.fromkeys(params["tall"], P(None, "fsdp")),
     }
     placed = shardings(mesh, specs)
-    compiled = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), placed), params, placed)
+    compiled = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed), params, placed)
     assert collectives(compiled) == {"all-to-all": 2}
 
 
@@ -80,11 +80,11 @@ def test_what_is_known_of_shardings_keeps_projections_together():
         "out": dict.fromkeys(params["out"], P("tensor", "fsdp")),
     }
     placed = shardings(mesh, specs)
-    told = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), placed), params, placed)
-    assert collectives(told) == {"all-to-all": 2}
+    known = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed), params, placed)
+    assert collectives(known) == {"all-to-all": 2}
     with jax.set_mesh(mesh):
-        not_told = compiled_step(dm.newton_schulz_lmo(), params, placed)
-    assert collectives(not_told).total() > 4
+        unknown = compiled_step(dm.newton_schulz_lmo(), params, placed)
+    assert collectives(unknown).total() > 4
 
 
 def test_layouts_say_what_they_promise():
@@ -92,12 +92,12 @@ def test_layouts_say_what_they_promise():
     placed = shardings(mesh, jax.tree.map(lambda _: FSDP, params))
 
     def of(layout: str) -> Any:
-        tx = dm.on_mesh(dm.newton_schulz_lmo(), placed, layout=layout)
+        tx = dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed, layout=layout)
         return collectives(compiled_step(tx, params, placed))
 
     assert of("replicated") == {"all-gather": 1}
     rows = of("rows")
-    segments = dm.newton_schulz().multiplications(16, 64)[0] // (2 * 16 * 16 * 64)
+    segments = dm.orthogonalize.newton_schulz().multiplications(16, 64)[0] // (2 * 16 * 16 * 64)
     # The largest entry, by which a matrix is divided first, and XXᵀ of each segment.
     assert rows == {"all-to-all": 2, "all-reduce": 1 + segments}
 
@@ -116,12 +116,12 @@ def test_optax_communicates_inside_its_iteration():
 
 
 @pytest.mark.parametrize("depth", range(3))
-def test_a_frozen_layer_moves_nothing(depth):
+def test_a_frozen_layer_exchanges_nothing(depth):
     params = {name: matrices(8, (16, 16 * i)) for i, name in enumerate(["a", "b", "c"], 2)}
     layers = dm.layers_by_path(params, ["a", "b", "c"])
     mesh = make_mesh(fsdp=8)
     placed = shardings(mesh, jax.tree.map(lambda _: P("fsdp"), params))
-    tx = dm.drop_muon(0.1, layers, dm.uniform_depth(), seed=0)
+    tx = dm.drop_muon(0.1, layers)
     masked = optax.GradientTransformationExtraArgs(
         tx.init,
         lambda grads, state, params: tx.update(grads, state, params, layer_mask=layers.mask(depth)),
@@ -135,12 +135,12 @@ def test_without_a_mesh_nothing_changes():
     """Leaves that are sharded, and no mesh to be found: the program of one device, for XLA."""
     params, mesh = matrices(2), make_mesh(fsdp=8)
     tx = dm.newton_schulz_lmo()
-    told = dm.on_mesh(tx)
+    unconfigured = dm.on_mesh(tx)
 
     def text(tx: Any) -> str:
         return jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(params).as_text()
 
-    assert text(tx) == text(told)
+    assert text(tx) == text(unconfigured)
     assert "sharding" not in text(tx)
     with jax.set_mesh(mesh):
         assert "sharding" in text(tx)

@@ -42,29 +42,38 @@ MESHES = {
 }
 
 LMO = dm.newton_schulz_lmo(0.3, shape_factor="muon", num_steps=3)
+ITERATED, EXACT = (
+    dm.norms.spectral_norm(orthogonalize=of)
+    for of in (dm.orthogonalize.newton_schulz(num_steps=3), dm.orthogonalize.svd_polar_factor)
+)
 
 
 def of_matrices(lmo: optax.GradientTransformation) -> optax.GradientTransformation:
     labels = dm.matrix_labels(PARAMS)
-    return dm.chain_subtrees({"matrix": lmo, "other": dm.sign_lmo()}, labels)
+    return dm.chain_subtrees({"matrix": lmo, "other": dm.norm_lmo(dm.norms.sign_norm())}, labels)
 
 
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "momentum": lambda: dm.momentum(0.8, nesterov=True),
     "mvr_momentum": lambda: dm.mvr_momentum(0.8, variant=3),
-    "mars_momentum": lambda: dm.mars_momentum(0.8),
+    "mars_momentum": lambda: dm.transforms.mars_momentum(0.8),
     "newton_schulz_lmo": lambda: of_matrices(LMO),
-    "newton_schulz_sharp": lambda: of_matrices(dm.newton_schulz_sharp(0.3, num_steps=3)),
-    "svd_lmo": lambda: of_matrices(dm.svd_lmo()),
-    "row_sharp": lambda: of_matrices(dm.row_sharp()),
-    "euclidean_lmo": lambda: of_matrices(dm.euclidean_lmo(dm.adaptive_radius(2.0, 0.5))),
+    "newton_schulz_sharp": lambda: of_matrices(dm.transforms.norm_sharp(ITERATED, 0.3)),
+    "svd_lmo": lambda: of_matrices(dm.norm_lmo(EXACT)),
+    "spectral_norm": lambda: of_matrices(dm.norm_lmo(dm.norms.spectral_norm())),
+    "row_sharp": lambda: of_matrices(dm.transforms.norm_sharp(dm.norms.row_norm())),
+    "euclidean_lmo": lambda: of_matrices(
+        dm.norm_lmo(dm.norms.euclidean_norm(), dm.schedules.adaptive_radius(2.0, 0.5))
+    ),
     "per_layer": lambda: dm.per_layer(optax.adamw(0.1), LAYERS),
     "track_smoothness": lambda: of_matrices(
-        optax.chain(dm.track_smoothness(dm.spectral_norm(), dimension_numbers="conv"), LMO)
+        optax.chain(
+            dm.planning.track_smoothness(dm.norms.spectral_norm(), dimension_numbers="in_out"), LMO
+        )
     ),
-    "drop_muon": lambda: dm.drop_muon(0.1, LAYERS, dm.uniform_depth(), seed=0, weight_decay=0.1),
-    "drop_scion": lambda: dm.drop_scion(0.1, LAYERS, dm.uniform_depth(), RADII, seed=0),
-    "drop_gluon": lambda: dm.drop_gluon(0.1, LAYERS, dm.uniform_depth(), seed=0),
+    "drop_muon": lambda: dm.drop_muon(0.1, LAYERS, weight_decay=0.1),
+    "drop_scion": lambda: dm.drop_scion(0.1, LAYERS, RADII),
+    "drop_gluon": lambda: dm.drop_gluon(0.1, LAYERS),
 }
 TWO_GRADIENTS = {"mvr_momentum"}
 
@@ -118,6 +127,5 @@ def test_every_mesh(sizes):
 @pytest.mark.parametrize("layout", ["owner", "rows", "replicated"])
 def test_every_layout_with_what_is_known_of_the_shardings(layout):
     mesh = make_mesh(fsdp=4, tensor=2)
-    tx = dm.on_mesh(TRANSFORMATIONS["drop_muon"](), shardings(mesh, SPECS), layout=layout)
-    assert isinstance(tx, dm.LayerMaskSampler)
+    tx = dm.on_mesh(TRANSFORMATIONS["drop_muon"](), shardings=shardings(mesh, SPECS), layout=layout)
     assert_close(run(tx, mesh), on_one_device("drop_muon"), rounding=1e-5)

@@ -23,10 +23,8 @@ SPECS = {
 PARAMS = normal(SHAPES)
 LAYERS = dm.layers_by_path(PARAMS, ["stem", "head"])
 OPTIMIZERS = {
-    "drop_muon": lambda: dm.drop_muon(0.1, LAYERS, dm.uniform_depth(), seed=0),
-    "mvr": lambda: dm.drop_muon(
-        0.1, LAYERS, dm.uniform_depth(), seed=0, momentum=dm.mvr_momentum(0.9)
-    ),
+    "drop_muon": lambda: dm.drop_muon(0.1, LAYERS),
+    "mvr": lambda: dm.drop_muon(0.1, LAYERS, momentum=dm.mvr_momentum(0.9)),
     "adafactor": lambda: dm.per_layer(optax.adafactor(0.1, min_dim_size_to_factor=8), LAYERS),
 }
 
@@ -100,13 +98,18 @@ def test_donated_steps_keep_shardings_and_compile_once(explicit):
     )
 
 
-@pytest.mark.parametrize("given", ["mesh", "abstract mesh", "shardings"])
+@pytest.mark.parametrize("given", ["mesh", "abstract mesh", "shardings", "both"])
 def test_the_mesh_may_be_an_argument(given):
     mesh, inner = make_mesh(fsdp=4, tensor=2), dm.newton_schulz_lmo()
     kernels = {"stem": PARAMS["stem"]["kernel"], "head": PARAMS["head"]["kernel"].T}
     placed = shardings(mesh, {"stem": P("fsdp", "tensor"), "head": P("fsdp", "tensor")})
-    meshes = {"mesh": mesh, "abstract mesh": mesh.abstract_mesh, "shardings": placed}
-    tx = dm.on_mesh(inner, meshes[given], layout="owner")
+    arguments: dict[str, dict[str, Any]] = {
+        "mesh": {"mesh": mesh},
+        "abstract mesh": {"mesh": mesh.abstract_mesh},
+        "shardings": {"shardings": placed},
+        "both": {"mesh": mesh, "shardings": placed},
+    }
+    tx = dm.on_mesh(inner, **arguments[given], layout="owner")
     expected, _ = jax.jit(inner.update)(kernels, inner.init(kernels))
     kernels = jax.tree.map(jax.device_put, kernels, placed)
     compiled = jax.jit(tx.update, out_shardings=(placed, None)).lower(kernels, tx.init(kernels))
@@ -159,10 +162,10 @@ def test_another_mesh_than_the_one_that_is_set_is_an_error():
 
 
 def test_the_host_draws_under_a_mesh_too():
-    sampler = dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=3)
+    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=3)
     expected = [sampler.depth(step) for step in range(5)]
     for explicit in (False, True):
-        sampler = dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=3)
+        sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=3)  # remembers no draws
         with jax.set_mesh(make_mesh(explicit, fsdp=8)):
             assert [sampler.depth(step) for step in range(5)] == expected
             assert [int(jax.jit(sampler.sample)(step)) for step in range(5)] == expected
@@ -175,8 +178,34 @@ def test_the_example_of_the_readme_shards_and_learns():
     namespace: dict[str, Any] = {}
     exec(compile(code, "README.md, On a mesh", "exec"), namespace)
     assert namespace["losses"][-1] < 0.7 * namespace["losses"][0]
-    assert namespace["params"]["up_0"]["kernel"].sharding.spec == P("fsdp", None)
-    assert namespace["opt_state"] is not None
+    assert namespace["mesh"].size == jax.device_count() == 8
+    kept = zip(
+        jax.tree.leaves((namespace["params"], namespace["opt_state"])),
+        jax.tree.leaves((namespace["shardings"], namespace["placed"])),
+        strict=True,
+    )
+    assert all(x.sharding.is_equivalent_to(placed, x.ndim) for x, placed in kept)
+    assert namespace["params"]["up"].sharding.spec == P("fsdp", None)
+    (momentum,) = optax.tree.get_all_with_path(namespace["opt_state"], "MomentumState")
+    assert momentum[1].momentum["down"].sharding.spec == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("on_devices", [False, True])
+def test_none_in_the_place_of_a_leaf_has_no_sharding(on_devices):
+    """As in modules whose activation function is a leaf that has been taken out."""
+    mesh, tx = make_mesh(fsdp=4, tensor=2), dm.momentum(0.9)
+    params = {"layer": {"w": PARAMS["stem"]["kernel"], "activation": None}, "n": None}
+    placed = {"layer": {"w": NamedSharding(mesh, P("fsdp")), "activation": None}, "n": None}
+    on = jax.tree.map(jax.device_put, params, placed)
+    of_state = dm.state_shardings(tx, on) if on_devices else dm.state_shardings(tx, params, placed)
+    assert of_state.momentum["layer"]["w"].spec == P("fsdp")
+    assert jax.tree.structure(of_state) == jax.tree.structure(jax.eval_shape(tx.init, params))
+    jax.jit(tx.init, out_shardings=of_state)(on)
+    lmo = dm.newton_schulz_lmo()
+    owned = dm.on_mesh(lmo, shardings=placed, layout="owner")
+    (updates, expected) = (jax.jit(of.update)(on, of.init(on))[0] for of in (owned, lmo))
+    assert_close(updates, expected, rounding=1e-5)
+    assert len(dm.sharding.plan_layouts(params, shardings=placed)) == 1
 
 
 def test_a_replicated_leaf_says_where_it_is():

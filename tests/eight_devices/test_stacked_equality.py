@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
@@ -63,10 +64,8 @@ def optimizer(momentum: str) -> Any:
     return dm.drop_muon(
         0.05,
         LAYERS,
-        dm.uniform_depth(),
-        seed=0,
         momentum=MOMENTA[momentum](decay=0.8),
-        lmo=dm.newton_schulz_lmo(num_steps=3),
+        orthogonalize=dm.orthogonalize.newton_schulz(num_steps=3),
     )
 
 
@@ -111,10 +110,10 @@ def on_one_device(momentum: str, depths: tuple[int, ...]) -> Any:
 
 
 CASES = {
-    "static, told": ("sides", False, False, "momentum"),
+    "static, configured": ("sides", False, False, "momentum"),
     "static, explicit": ("sides", False, True, "momentum"),
-    "traced, told": ("sides", True, False, "mvr"),
-    "traced, not told": ("sides", True, None, "momentum"),
+    "traced, configured": ("sides", True, False, "mvr"),
+    "traced, mesh set": ("sides", True, None, "momentum"),
     "traced, explicit": ("sides", True, True, "momentum"),
     "rows, traced": ("rows", True, False, "mvr"),
 }
@@ -126,11 +125,42 @@ def test_training_gives_the_losses_and_parameters_of_one_device(case):
     mesh = make_mesh(bool(explicit), fsdp=4, tensor=2)
     tx = optimizer(momentum)
     if explicit is False:
-        tx = dm.on_mesh(tx, shardings(mesh, SPECS[specs]))
+        tx = dm.on_mesh(tx, shardings=shardings(mesh, SPECS[specs]))
     # Rows 5, 6 and 7 are not a whole number of groups, and depth 8 is the head alone.
     depths = (5, 0, 8) if traced else (5, 0)
     result = train(tx, list(depths), mesh, SPECS[specs], traced=traced, mvr=momentum == "mvr")
     assert_close(result, on_one_device(momentum, depths), rounding=2e-5)
+
+
+@pytest.mark.parametrize("explicit", [False, True, None])
+def test_layers_that_are_not_stacked_have_a_traced_flag_too(explicit):
+    """A momentum that is kept, and an update of zero, beside a stack and by themselves."""
+    params = {"blocks": PARAMS["blocks"]["query"], "head": PARAMS["head"]}
+    layers = dm.layers_by_path(params, [dm.stacked("blocks"), "head"])
+    lmo = dm.newton_schulz_lmo(num_steps=3)
+    tx = dm.per_layer(optax.chain(dm.momentum(0.9), lmo), layers, takes_mask=True)
+    mesh = make_mesh(bool(explicit), fsdp=4, tensor=2)
+    sides = P(None, "fsdp", "tensor")
+    placed = shardings(mesh, {"blocks": sides, "head": P("fsdp", "tensor")})
+    known = dm.on_mesh(tx, shardings=placed) if explicit is False else tx
+
+    def update(tx: Any, params: Any, head: Any, stack: Any) -> Any:
+        mask = {"blocks": stack, "head": head}
+        return tx.update(params, tx.init(params), params, layer_mask=mask)
+
+    flags = [
+        (True, np.arange(NUM_ROWS) >= 5),
+        (True, np.zeros(NUM_ROWS, bool)),
+        (False, np.arange(NUM_ROWS) == 2),
+    ]
+    on_one = jax.jit(functools.partial(update, tx))
+    on_eight = jax.jit(functools.partial(update, known))
+    for head, stack in flags:
+        head, stack = jnp.asarray(head), jnp.asarray(stack)
+        expected = on_one(params, head, stack)
+        with jax.set_mesh(mesh):
+            result = on_eight(jax.tree.map(jax.device_put, params, placed), head, stack)
+        assert_close(result, expected, rounding=1e-5)
 
 
 def exchanges(specs: str, depth: int) -> Any:
@@ -140,10 +170,10 @@ def exchanges(specs: str, depth: int) -> Any:
     layers = dm.layers_by_path(params, [dm.stacked("blocks")])
     placed = shardings(mesh, {"blocks": SPECS[specs]["blocks"]})
     lmo = dm.chain_subtrees(
-        {"matrix": dm.newton_schulz_lmo(), "other": dm.sign_lmo()},
+        {"matrix": dm.newton_schulz_lmo(), "other": dm.norm_lmo(dm.norms.sign_norm())},
         dm.matrix_labels(layers.row_shapes(params)),
     )
-    tx = dm.on_mesh(dm.per_layer(lmo, layers, takes_mask=True), placed)
+    tx = dm.on_mesh(dm.per_layer(lmo, layers, takes_mask=True), shardings=placed)
 
     def step(params: Any) -> Any:
         updates, _ = tx.update(params, tx.init(params), params, layer_mask=layers.mask(depth))

@@ -1,13 +1,14 @@
-"""What processes draw, and what they hear when they would not draw the same."""
+"""What processes draw, and what they are told when they would not draw the same."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 import dropmuon_jax as dm
-from pods.train import SEED, STEPS, make_optimizer
+from pods.train import SEED, STEPS, make_optimizer, make_sampler
 
 STEP = 5
 OTHER_SEED = SEED + (1 << 40)  # the same lower half
@@ -21,26 +22,28 @@ def draw(mesh: Mesh) -> list[list[int]]:
     drawn = []
     for scope in (contextlib.nullcontext(), jax.set_mesh(mesh)):
         with scope:
-            tx = make_optimizer("cnn")  # a new one, which remembers no draws
+            sampler = make_sampler("cnn")
             if jax.process_index() == 0:
-                tx.depth(0)
-            tx.check_processes(0)
-            drawn.append([tx.depth(step) for step in range(STEPS)])
+                sampler.depth(0)
+            sampler.check_processes(0)
+            drawn.append([sampler.depth(step) for step in range(STEPS)])
     return drawn
 
 
 def disagree(mesh: Mesh) -> dict[str, str]:
-    """What `check_processes` says to processes of which the second is another one in one thing.
+    """What `check_processes` says to processes of which the second differs in one thing.
+
+    The first call of a `train_step` says it too.
 
     Without a mesh, and with one; after each all go on, so that none is left waiting.
     """
     is_second = jax.process_index() == 1
-    layers = make_optimizer("cnn").layers
+    layers = make_sampler("cnn").layers
 
     def sampler(
         seed: int = SEED, of: dm.Layers = layers, distribution: Any = None
-    ) -> dm.LayerMaskSampler:
-        return dm.layer_mask_sampler(of, distribution or dm.uniform_depth(), seed=seed)
+    ) -> dm.DepthSampler:
+        return dm.DepthSampler(of, distribution or dm.uniform_depth(), seed=seed)
 
     usual = sampler()
     cases = {
@@ -52,15 +55,18 @@ def disagree(mesh: Mesh) -> dict[str, str]:
     }
     said = {}
     for name, (draws, step) in cases.items():
-        said[name] = _said(draws, step)
+        said[name] = _said(draws.check_processes, step)
         with jax.set_mesh(mesh):
-            said[f"{name}, on a mesh"] = _said(draws, step)
+            said[f"{name}, on a mesh"] = _said(draws.check_processes, step)
+    optimizer = make_optimizer(layers)
+    step_fn = dm.train_step(lambda params: 0.0, optimizer, cases["seed"][0])
+    said["seed, in a training step"] = _said(step_fn, STEP, None, None)
     return said
 
 
-def _said(sampler: dm.LayerMaskSampler, step: int) -> str:
+def _said(function: Callable[..., Any], *args: Any) -> str:
     try:
-        sampler.check_processes(step)
+        function(*args)
     except ValueError as error:
         return str(error)
     return ""

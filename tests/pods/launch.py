@@ -99,6 +99,8 @@ def _start(pod: Pod, process: int, address: str) -> subprocess.Popen[bytes]:
         "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA warns of shardings that only so small a network has
         # So that another order of sums does not show, and anything else does.
         "JAX_ENABLE_X64": "1",
+        # Collectives of programs that are read from a cache may wait for each other forever.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         # The programs run for a few milliseconds, and take seconds to compile.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }

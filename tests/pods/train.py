@@ -18,8 +18,8 @@ import dropmuon_jax as dm
 from pods.networks import Network, make_network
 
 STEPS = 8
-# Every layer but the last rests in a step and wakes later, both before step 4 and after it, where
-# the "cnn" is left with two depths to compile.
+# Every layer but the last is inactive in a step and active in a later one, both before step 4 and
+# after it, where the "cnn" is left with two depths to compile.
 SEED = 45
 
 
@@ -27,13 +27,15 @@ class Run(NamedTuple):
     """What runs on a mesh."""
 
     network: Network
-    tx: dm.LayerMaskSampler
+    optimizer: optax.GradientTransformationExtraArgs
     params: Any
     """Shapes, dtypes and shardings."""
     opt_state: Any
-    """Likewise."""
-    step: Any
-    """The jitted training step."""
+    """Shapes, dtypes and shardings."""
+    step: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]]
+    """From a number, parameters, state and batch to new parameters, a new state and the loss."""
+    num_programs: Callable[[], int]
+    """How many there are of the step."""
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
@@ -41,15 +43,18 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def make_optimizer(name: str) -> dm.LayerMaskSampler:
-    """Drop-Muon of a network with a schedule."""
+def make_sampler(name: str) -> dm.DepthSampler:
+    """A new one, which remembers no draws."""
     network = make_network(name)
     layers = dm.layers_by_path(jax.eval_shape(network.init, jax.random.key(0)), network.patterns)
+    return dm.DepthSampler(layers, dm.uniform_depth(), seed=SEED)
+
+
+def make_optimizer(layers: dm.Layers) -> optax.GradientTransformationExtraArgs:
+    """Drop-Muon with a schedule."""
     return dm.drop_muon(
         optax.linear_schedule(0.1, 0.02, STEPS),
         layers,
-        dm.uniform_depth(),
-        seed=SEED,
         # The biases of keys have no gradient but rounding: no reason for steps of full size.
         auxiliary=optax.scale_by_adam(eps=1e-3),
         auxiliary_learning_rate=0.01,
@@ -59,33 +64,45 @@ def make_optimizer(name: str) -> dm.LayerMaskSampler:
 @functools.cache
 def make_run(mesh: Mesh, name: str, traced: bool) -> Run:
     """The same one each time, so that a step is compiled once."""
-    network, tx = make_network(name), make_optimizer(name)
-    layers, init = tx.layers, functools.partial(network.init, jax.random.key(0))
-    params = jax.eval_shape(init)
+    network, sampler = make_network(name), make_sampler(name)
+    layers, init = sampler.layers, functools.partial(network.init, jax.random.key(0))
+    optimizer, params = make_optimizer(layers), jax.eval_shape(init)
     shardings = _fsdp(mesh, params)
-    placed = dm.state_shardings(tx, params, shardings)
-    opt_state = _abstract(jax.eval_shape(tx.init, params), placed)
+    placed = dm.state_shardings(optimizer, params, shardings)
+    opt_state = _abstract(jax.eval_shape(optimizer.init, params), placed)
     if mesh.size > 1 and name == "gpt":
-        tx = dm.on_mesh(tx, shardings)
-        assert isinstance(tx, dm.LayerMaskSampler)
+        optimizer = dm.on_mesh(optimizer, shardings=shardings)
+    loss_fn = functools.partial(network.loss, layers=layers)
+    # Else XLA chooses, and the next step is compiled again for what it has chosen.
+    out_shardings = shardings, placed, NamedSharding(mesh, P())
+    if traced:
+        jitted = _sampled_on_device(loss_fn, optimizer, sampler, out_shardings)
 
-    def step(params: Any, opt_state: Any, batch: Any, count: Any, depth: Any) -> Any:
-        depth = tx.sample(count) if traced else depth
-        mask = layers.mask(depth)
-        loss, grads = dm.masked_value_and_grad(network.loss)(
-            params, batch, layers, depth, layer_mask=mask
-        )
-        updates, opt_state = tx.update(grads, opt_state, params, layer_mask=mask)
+        def step(number: int, params: Any, opt_state: Any, batch: Any) -> Any:
+            return jitted(params, opt_state, batch, jnp.int32(number))
+    else:
+        step = dm.train_step(loss_fn, optimizer, sampler, out_shardings=out_shardings)
+        jitted: Any = step._jitted
+    params = _abstract(params, shardings)
+    return Run(network, optimizer, params, opt_state, step, jitted._cache_size)
+
+
+def _sampled_on_device(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    sampler: dm.DepthSampler,
+    out_shardings: Any,
+) -> Any:
+    """A jitted step in one program for all depths, which it draws itself from its number."""
+
+    def step(params: Any, opt_state: Any, batch: Any, count: Any) -> Any:
+        depth = sampler.sample(count)
+        mask = sampler.layers.mask(depth)
+        loss, grads = dm.masked_value_and_grad(loss_fn)(params, batch, depth=depth, layer_mask=mask)
+        updates, opt_state = optimizer.update(grads, opt_state, params, layer_mask=mask)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    jitted = jax.jit(
-        step,
-        static_argnames="depth",
-        donate_argnames=("params", "opt_state"),
-        # Else XLA chooses, and the next step is compiled again for what it has chosen.
-        out_shardings=(shardings, placed, NamedSharding(mesh, P())),
-    )
-    return Run(network, tx, _abstract(params, shardings), opt_state, jitted)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
 @functools.cache
@@ -95,7 +112,7 @@ def make_init(mesh: Mesh, name: str) -> Callable[[], tuple[Any, Any]]:
     of_params, of_state = jax.tree.map(lambda leaf: leaf.sharding, (run.params, run.opt_state))
     init_params = functools.partial(run.network.init, jax.random.key(0))
     jitted = jax.jit(init_params, out_shardings=of_params)
-    init_state = jax.jit(run.tx.init, out_shardings=of_state)
+    init_state = jax.jit(run.optimizer.init, out_shardings=of_state)
 
     def init() -> tuple[Any, Any]:
         params = jitted()
@@ -116,8 +133,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains from step 0, or from a checkpoint.
 
-    On several devices the "cnn" has the mesh from `jax.set_mesh` and the "gpt" from `dm.on_mesh`;
-    on one there is neither, as in a program that knows of no mesh.
+    The depths are drawn by the host, in `dm.train_step`, or, if they are traced, by the devices. On
+    several of them the "cnn" has the mesh from `jax.set_mesh` and the "gpt" from `dm.on_mesh`;
+    on one device there is neither, as in a program without a mesh.
 
     Args:
         mesh: Where.
@@ -131,7 +149,7 @@ def train(
     Returns:
         The "depths" and "losses" of the steps, and how many "programs" there are since the start.
     """
-    run = make_run(mesh, name, traced)
+    run, sampler = make_run(mesh, name, traced), make_sampler(name)
     by_rows = NamedSharding(mesh, P(("data", "fsdp")))
     set_mesh = mesh.size > 1 and name == "cnn"
     depths, losses = [], []
@@ -147,20 +165,15 @@ def train(
                 Path(restore), {"params": run.params, "opt_state": run.opt_state, "step": 0}
             )
             params, opt_state, start = saved["params"], saved["opt_state"], saved["step"]
-        run.tx.check_processes(start)
+        sampler.check_processes(start)
         for step in range(start, STEPS):
             if save is not None and step == save_at:
                 tree = {"params": params, "opt_state": opt_state, "step": step}
                 checkpointer.save(Path(save), tree)
                 checkpointer.wait_until_finished()  # the next step overwrites what is saved
-            depths.append(run.tx.depth(step))
-            params, opt_state, loss = run.step(
-                params,
-                opt_state,
-                _placed(run.network.batch(step), by_rows),
-                jnp.int32(step),
-                depth=None if traced else depths[-1],
-            )
+            depths.append(sampler.depth(step))
+            batch = _placed(run.network.batch(step), by_rows)
+            params, opt_state, loss = run.step(step, params, opt_state, batch)
             losses.append(loss)
         leaves = jax.tree.leaves((params, opt_state))
         if jax.process_count() > 1:  # which have a part each
@@ -170,7 +183,7 @@ def train(
     return {
         "depths": depths,
         "losses": [float(loss) for loss in losses],
-        "programs": run.step._cache_size(),
+        "programs": run.num_programs(),
     }
 
 

@@ -1,0 +1,300 @@
+"""`train_step`: gradient, update and application of a step, compiled once for each depth."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dropmuon_jax._checks import check_transformation, describe, static_int
+from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
+from dropmuon_jax.backprop.traced_depth import check_sampler
+from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
+from dropmuon_jax.sampling.record import PlanReader
+from dropmuon_jax.sampling.sampler import DepthSampler
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    sampler: DepthSampler,
+    *,
+    has_aux: bool = False,
+    donate: bool = True,
+    out_shardings: tuple[Any, ...] | None = None,
+) -> TrainStep:
+    """A whole training step: gradient, update and its application, with one mask.
+
+    The sampler draws the layers of step k on the host, as a function of k (and, if it follows the
+    run, of the state). The step is jitted once for each set of layers that is drawn, and inactive
+    parameters come out bit for bit. What does not fit is written with the parts, in a jit of your
+    own: `sampler.depth(step)`, `layers.mask(depth)`, :func:`masked_value_and_grad`,
+    `optimizer.update(…, layer_mask=mask)` and `optax.apply_updates`.
+
+    * Variance reduction: where the state keeps previous parameters, as with :func:`mvr_momentum`,
+      the gradient of the batch is taken there too.
+    * Flax NNX: `params` may be a whole `nnx.Module`, with a state made by
+      `optimizer.init(nnx.state(module, nnx.Param))`. `loss_fn` then takes the module; batch
+      statistics and dropout counts advance, and the module is updated in place and returned.
+    * Flax Linen with batch statistics: they are a further argument, and the new ones `aux`.
+    * Stacked layers: one executable serves all depths. `loss_fn` must take the keyword argument
+      `depth`, and give `layers.stack_depth(depth)` to :func:`scan_layers`.
+    * Accumulation: `optax.GradientTransformationExtraArgs(steps.init, steps.update)` of an
+      `optax.MultiSteps`, and a sampler with `steps_per_draw` of as many micro-batches.
+
+    Args:
+        loss_fn: A function of `(params, *args, **kwargs)` that returns a scalar, or
+            `(scalar, aux)` with `has_aux`. If it has an argument `depth`, it gets by keyword the
+            depth among all layers: an integer, or an integer array if layers are stacked.
+        optimizer: An Optax transformation, whose `update` is given `layer_mask`. One that ignores
+            the mask still changes its state of inactive layers, unless :func:`per_layer` is around
+            it: :func:`check_optimizer` tells.
+        sampler: The sampler of the layers.
+        has_aux: Whether `loss_fn` returns auxiliary data.
+        donate: Whether the given parameters and state are overwritten, and so deleted.
+        out_shardings: On a mesh, the shardings of parameters and state, and maybe of the third
+            result, as in `jax.jit`. Without them XLA places results as it likes, and compiles a
+            step again for arguments in a new place. What an NNX module has beside its parameters
+            must be on the mesh already.
+
+    Returns:
+        A :class:`TrainStep`, a function of `(step, params, opt_state, *args, **kwargs)` that
+        returns `(params, opt_state, loss)`, or `(params, opt_state, (loss, aux))`. With a
+        distribution that follows the run, it serves one run. Its first call on several processes
+        is an error unless all are about to draw the same layers.
+
+    Raises:
+        TypeError: For an argument of the wrong kind; if layers are stacked and `loss_fn` takes no
+            `depth`; in a step, if its number is no Python integer.
+        ValueError: In a step, if `opt_state` does not fit optimizer and parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"stem": jnp.eye(3), "head": jnp.ones((3, 2))}
+        >>> layers = dm.layers_by_path(params, ["stem", "head"])
+        >>> sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
+        >>> optimizer = dm.drop_muon(0.1, layers)
+        >>> loss_fn = lambda params, x: jnp.mean((x @ params["stem"] @ params["head"]) ** 2)
+        >>> step_fn = dm.train_step(loss_fn, optimizer, sampler)
+        >>> opt_state, losses = optimizer.init(params), []
+        >>> for step in range(20):
+        ...     params, opt_state, loss = step_fn(step, params, opt_state, jnp.eye(3))
+        ...     losses.append(float(loss))
+        >>> losses[-1] < losses[0]
+        True
+    """
+    return TrainStep(loss_fn, optimizer, sampler, has_aux, donate, out_shardings)
+
+
+class TrainStep:
+    """A training step made by :func:`train_step`; `sampler` draws its layers."""
+
+    sampler: DepthSampler
+
+    def __init__(
+        self, loss_fn: Any, optimizer: Any, sampler: Any, has_aux: Any, donate: Any, shardings: Any
+    ):
+        check_transformation("optimizer", optimizer)
+        check_sampler(sampler)
+        self.sampler = sampler
+        self._loss_fn, self._has_aux, self._shardings = loss_fn, has_aux, shardings
+        self._optimizer = optax.with_extra_args_support(optimizer)
+        self._is_stacked = bool(sampler.layers.stacks)
+        self._takes_depth = _takes_depth(loss_fn, self._is_stacked)
+        self._is_checked = jax.process_count() == 1
+        is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
+        self._draws = PlanReader(sampler) if is_adaptive else sampler
+        self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
+        options: dict[str, Any] = {"donate_argnums": (0, 1, 2) if donate else ()}
+        if shardings is not None:
+            if not isinstance(shardings, tuple) or len(shardings) not in (2, 3):
+                raise TypeError(
+                    "out_shardings must be a pair, for the parameters and the optimizer state: "
+                    "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
+                    f"loss. Got {describe(shardings)}."
+                )
+            of_params, of_state, of_loss = (*shardings, None)[:3]
+            options["in_shardings"] = (of_params, of_state, None, None, None, None)
+            options["out_shardings"] = (of_params, of_state, None, of_loss)
+        self._jitted = jax.jit(self._train_step, static_argnums=(5, 7), **options)
+
+    def __call__(
+        self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, optax.OptState, Any]:
+        """Takes a step, whose number is counted from 0 in Python."""
+        if not hasattr(step, "__index__"):
+            raise TypeError(
+                f"step must be the number of the step, a Python integer, got {describe(step)}: "
+                "step_fn(step, params, opt_state, *args)."
+            )
+        if not self._is_checked:
+            self.sampler.check_processes(step, opt_state)
+            self._is_checked = True
+        active = self._draws.active(step, opt_state)
+        inputs = self._inputs(params, opt_state, args, kwargs)
+        drawn = (self._index[active], None) if self._is_stacked else (None, active)
+        new_params, new_state, rest, loss = self._jitted(*inputs, *drawn)
+        if inputs[-1] is None:
+            return new_params, new_state, loss
+        sys.modules["flax.nnx"].update(params, new_params, rest)
+        return params, new_state, loss
+
+    def compile(
+        self,
+        params: Any,
+        opt_state: optax.OptState,
+        /,
+        *args: Any,
+        progress: Callable[[int, int], None] | None = None,
+        max_workers: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        """Compiles every depth that can be drawn, several at a time, so that no step has to.
+
+        The other arguments are those of a step. Nothing is overwritten, and `jax.ShapeDtypeStruct`s
+        do as well, with shardings where the arrays will have been put on devices. After each of
+        `total` executables, of which `max_workers` are compiled at a time, `progress(done, total)`
+        is called.
+        """
+        inputs = self._inputs(params, opt_state, args, kwargs)
+        draws: list[Any] = [(np.int32(0), None)]
+        if not self._is_stacked:
+            draws = [(None, active) for active in _possible_draws(self.sampler)]
+        compiling: list[Future[Any]] = []
+        done = 0
+
+        def report() -> None:
+            nonlocal done
+            while done < sum(future.done() for future in compiling):
+                done += 1
+                if progress is not None:
+                    progress(done, len(draws))
+
+        with ThreadPoolExecutor(static_int("max_workers", max_workers, minimum=1)) as pool:
+            for draw in draws:
+                # Lowered here: contexts such as a mesh or a precision do not reach other threads.
+                compiling.append(pool.submit(self._jitted.lower(*inputs, *draw).compile))
+                report()
+            for future in as_completed(compiling):
+                future.result()
+                report()
+
+    def trace_depth(
+        self, depth: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
+    ) -> jax.stages.Traced:
+        """The program of a step at one depth, which is static where layers are stacked too."""
+        layers = self.sampler.layers
+        layers.mask(static_int("depth", depth, minimum=0))  # an error if there is no such depth
+        active = tuple(layer >= depth for layer in range(layers.num_layers))
+        return self._jitted.trace(*self._inputs(params, opt_state, args, kwargs), None, active)
+
+    def _inputs(self, params: Any, opt_state: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """The arguments of `_train_step` before the draw; the last one is None without a module."""
+        if self._takes_depth and "depth" in kwargs:
+            raise TypeError("The sampler draws the depth, and loss_fn gets it: leave it out.")
+        graphdef = rest = None
+        nnx: Any = sys.modules.get("flax.nnx")
+        if nnx is not None and isinstance(params, nnx.Module):
+            graphdef, params, rest = nnx.split(params, nnx.Param, ...)
+        carried = _as_returned((params, opt_state, rest), (args, kwargs), self._shardings)
+        return *carried, args, kwargs, graphdef
+
+    def _train_step(
+        self, params: Any, state: Any, rest: Any, args: Any, kwargs: Any, graphdef: Any, *drawn: Any
+    ) -> tuple[Any, ...]:
+        """The step as a pure function; `rest` is what a module has beside its parameters."""
+        layer_mask, depth = self._mask(*drawn)
+        kwargs = {**kwargs, "depth": depth} if self._takes_depth else kwargs
+        loss_fn = loss_of_params(self._loss_fn, self._has_aux, graphdef, rest)
+        step = masked_step(loss_fn, self._optimizer)
+        params, state, (loss, (aux, rest)) = step(params, state, layer_mask, *args, **kwargs)
+        return params, state, rest, (loss, aux) if self._has_aux else loss
+
+    def _mask(self, draw: Any, active: Any) -> tuple[Any, Any]:
+        """The mask of an index of `subsets`, or of static active layers; and the shallowest one."""
+        layers = self.sampler.layers
+        last = layers.num_layers - 1
+        if active is not None:
+            return layers.subset(active), active.index(True) if any(active) else last
+        if self.sampler.draws_depths:
+            return layers.mask(draw), draw
+        active = jnp.asarray(self.sampler.subsets)[draw]
+        return layers.subset(active), jnp.where(active.any(), jnp.argmax(active), last)
+
+
+def _takes_depth(loss_fn: Callable[..., Any], is_stacked: bool) -> bool:
+    """Whether a loss is given the depth; an error unless one of stacked layers takes it."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {describe(loss_fn)}.")
+    parameters = inspect.signature(loss_fn).parameters
+    takes_any = any(of.kind is of.VAR_KEYWORD for of in parameters.values())
+    if is_stacked and not takes_any and "depth" not in parameters:
+        raise TypeError(
+            "Layers are stacked, so loss_fn must take the keyword argument `depth`, among all "
+            "layers, and run the stack by dm.scan_layers(…, depth=layers.stack_depth(depth)). It "
+            f"takes {', '.join(parameters)}."
+        )
+    return "depth" in parameters or is_stacked
+
+
+def _possible_draws(sampler: DepthSampler) -> list[tuple[bool, ...]]:
+    """The sets of layers that can be drawn in some step."""
+    drawn = np.ones(len(sampler.subsets), bool)
+    distribution, num_layers = sampler.distribution, sampler.layers.num_layers
+    if not isinstance(distribution, AdaptiveDistribution):
+        program = jax.make_jaxpr(lambda step: distribution.probabilities(step, num_layers))(0).jaxpr
+        used = [x for eqn in program.eqns for x in eqn.invars] + program.outvars
+        if not any(x is program.invars[0] for x in used):  # the same in every step
+            drawn = np.asarray(sampler.probabilities(0)) > 0
+    return list(dict.fromkeys(map(tuple, sampler.subsets[drawn].tolist())))
+
+
+def _as_returned(carried: Any, others: Any, shardings: Any) -> Any:
+    """What steps carry on, in the types and places in which they return it.
+
+    So the first step is compiled for all: arrays are strongly typed, and lie where `shardings` say
+    or on the device on which another argument has been put.
+    """
+    leaves = jax.tree.leaves(carried)
+    if any(getattr(x, "weak_type", False) for x in leaves):
+        carried = jax.tree.map(_strong, carried)
+    if all(map(_is_put, leaves)):
+        return carried
+    if shardings is not None:
+        *parts, rest = carried
+        return *map(_put, parts, shardings), rest
+    for x in filter(_is_put, [*leaves, *jax.tree.leaves(others)]):
+        if len(x.sharding.device_set) == 1:
+            device = next(iter(x.sharding.device_set))
+            return _put(carried, jax.device_put(np.int32(0), device).sharding)
+    return carried
+
+
+def _is_put(x: Any) -> bool:
+    return getattr(x, "committed", False)
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    """The arrays of a tree in other places, if shardings are given, for all or for each."""
+
+    def put(x: Any, sharding: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    if shardings is None:
+        return tree
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
+
+
+def _strong(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return jnp.asarray(x, x.dtype)

@@ -1,0 +1,21 @@
+"""Layers: what the parameters are, in which order, and which of them are active."""
+
+from dropmuon_jax.layers.by_path import StackedPatterns, layers_by_path, stacked
+from dropmuon_jax.layers.by_trace import trace_layers
+from dropmuon_jax.layers.layers import Layers, StackedLeaves
+from dropmuon_jax.layers.matrices import DimensionNumbers, LeafNumbers
+from dropmuon_jax.layers.roles import ROLES, Roles, matrix_labels
+
+__all__ = [
+    "ROLES",
+    "DimensionNumbers",
+    "Layers",
+    "LeafNumbers",
+    "Roles",
+    "StackedLeaves",
+    "StackedPatterns",
+    "layers_by_path",
+    "matrix_labels",
+    "stacked",
+    "trace_layers",
+]

@@ -1,0 +1,268 @@
+"""Patterns over leaf paths, and layers from them."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from dropmuon_jax._checks import check_parameters, did_you_mean
+from dropmuon_jax.layers.layers import Layers, StackedLeaves, make_layers
+from dropmuon_jax.layers.trees import leaf_paths
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedPatterns:
+    """What :func:`stacked` makes: the patterns of leaves along whose first axis lie layers."""
+
+    patterns: tuple[str, ...]
+
+
+def stacked(*patterns: str) -> StackedPatterns:
+    """Says of the leaves of patterns that they are stacked layers, for :func:`layers_by_path`.
+
+    The leaves have a leading axis of one size L, as `jax.lax.scan`, `flax.linen.scan` and
+    `jax.vmap` over inits leave it, and make L layers, row 0 the shallowest. :func:`scan_layers`
+    runs them.
+
+    Args:
+        *patterns: Patterns as :func:`layers_by_path` takes them, of one stack; several if it has
+            several modules.
+
+    Returns:
+        An entry of the patterns of :func:`layers_by_path`.
+
+    Raises:
+        TypeError: Without patterns, or for one that is no string.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"embed": jnp.zeros((9, 4)), "blocks": jnp.zeros((3, 4, 4))}
+        >>> print(dm.layers_by_path(params, ["embed", dm.stacked("blocks")]))
+        depth  layer      leaves  parameters   share
+            0  embed           1          36   42.9%
+            1  blocks[0]       1          16   19.0%
+            2  blocks[1]       1          16   19.0%
+            3  blocks[2]       1          16   19.0%
+               total           2          84  100.0%
+    """
+    return StackedPatterns(_members(patterns))
+
+
+def layers_by_path(
+    params: Any, patterns: Sequence[str | Sequence[str] | StackedPatterns]
+) -> Layers:
+    """Groups parameter leaves into layers by patterns over their paths, shallow to deep.
+
+    A leaf's path joins the keys that lead to it: `Conv_0/kernel`, `blocks/3/mlp/bias`. A pattern is
+    a run of whole path components anywhere in the path, with `*` for any characters inside one
+    component; a leading `/` ties it to the root. Every leaf must match exactly one pattern.
+
+    Args:
+        params: The parameters: any pytree (dicts, Flax Linen params, NNX states, NamedTuples,
+            lists) of floating-point arrays or of `jax.ShapeDtypeStruct`s.
+        patterns: One pattern for each layer, from the input to the output; a sequence of patterns
+            for a layer made of several modules; and :func:`stacked` for layers that are stacked
+            along the first axis of their leaves.
+
+    Returns:
+        The :class:`Layers`. Print them once before a long run.
+
+    Raises:
+        TypeError: If `patterns` is a string or holds something else than strings; for a leaf of
+            `params` that is no trainable floating-point parameter.
+        ValueError: If a pattern matches no leaf, a leaf matches no pattern, or a leaf matches two;
+            if the leaves of a stack differ in their leading size.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> dense = lambda n, m: {"kernel": jnp.zeros((n, m)), "bias": jnp.zeros(m)}
+        >>> blocks = [dense(4, 4), dense(4, 4)]
+        >>> params = {"embed": dense(9, 4), "blocks": blocks, "head": dense(4, 2)}
+        >>> print(dm.layers_by_path(params, ["embed", "blocks/0", "blocks/1", "head"]))
+        depth  layer     leaves  parameters   share
+            0  embed          2          40   44.4%
+            1  blocks/0       2          20   22.2%
+            2  blocks/1       2          20   22.2%
+            3  head           2          10   11.1%
+               total          8          90  100.0%
+    """
+    groups = _pattern_groups(patterns)
+    check_parameters(params)
+    paths = leaf_paths(params)
+    group_of_leaf = _match_groups(groups, paths)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+    names: list[str] = []
+    stacks: list[StackedLeaves] = []
+    places: list[tuple[tuple[int, ...], bool]] = []
+    for group, members in enumerate(groups):
+        name, start = " + ".join(members), len(names)
+        is_stacked = isinstance(patterns[group], StackedPatterns)
+        if is_stacked:
+            leaves = [leaf for leaf, of in enumerate(group_of_leaf) if of == group]
+            num_layers = _leading_size(name, leaves, paths, shapes)
+            names += [f"{name}[{row}]" for row in range(num_layers)]
+            layers = tuple(range(start, len(names)))
+            stacks.append(StackedLeaves(name, tuple(leaves), layers))
+        else:
+            names.append(name)
+            layers = (start,)
+        places.append((layers, is_stacked))
+    return make_layers(params, names, [places[group] for group in group_of_leaf], stacks)
+
+
+def _match_groups(groups: Sequence[Sequence[str]], paths: Sequence[str]) -> list[int]:
+    """The group whose pattern matches each leaf."""
+    matches: list[list[tuple[int, str]]] = [[] for _ in paths]
+    for group, members in enumerate(groups):
+        for pattern in members:
+            expression = compile_pattern(pattern)
+            found = [leaf for leaf, path in enumerate(paths) if expression.search(path)]
+            if not found:
+                raise ValueError(
+                    f"Pattern '{pattern}' matches no leaf.{nearest_run(pattern, paths)} "
+                    f"The leaves are:\n{_lines(paths)}"
+                )
+            for leaf in found:
+                matches[leaf].append((group, pattern))
+    unmatched = [path for path, hits in zip(paths, matches, strict=True) if not hits]
+    if unmatched:
+        raise ValueError(
+            "No pattern matches these leaves; add a pattern for them, or a second one to the layer "
+            f"they belong to, such as ('Dense_0', 'final_norm'):\n{_lines(unmatched)}"
+        )
+    for path, hits in zip(paths, matches, strict=True):
+        if len(hits) > 1:
+            raise ValueError(
+                f"Leaf '{path}' matches both '{hits[0][1]}' and '{hits[1][1]}'; every leaf belongs "
+                "to one layer. Write more components, or start a pattern with '/' to tie it to the "
+                "root."
+            )
+    return [hits[0][0] for hits in matches]
+
+
+def _leading_size(
+    name: str, leaves: Sequence[int], paths: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> int:
+    """The number of layers of a stack; an error unless its leaves agree."""
+    first = leaves[0]
+    for leaf in leaves:
+        if not shapes[leaf] or shapes[leaf][0] != (*shapes[first], 0)[0] or not shapes[leaf][0]:
+            raise ValueError(
+                f"The leaves of the stack '{name}' need a leading axis of one size, an entry for "
+                f"each layer: '{paths[first]}' has shape {shapes[first]}, and '{paths[leaf]}' "
+                f"{shapes[leaf]}. A leaf that is not stacked belongs to a layer of its own."
+            )
+    return shapes[first][0]
+
+
+def _pattern_groups(patterns: Sequence[Any]) -> list[tuple[str, ...]]:
+    """One tuple of patterns for each layer or stack."""
+    if isinstance(patterns, str | StackedPatterns):
+        raise TypeError(
+            f"patterns must be a sequence with a pattern for each layer, got {patterns!r}."
+        )
+    groups = []
+    for group in patterns:
+        if isinstance(group, StackedPatterns):
+            groups.append(group.patterns)
+        else:
+            single = isinstance(group, str) or not isinstance(group, Sequence)
+            groups.append(_members((group,) if single else group))
+    if not groups:
+        raise ValueError("patterns is empty; give one pattern for each layer, shallow to deep.")
+    return groups
+
+
+def _members(patterns: Sequence[Any]) -> tuple[str, ...]:
+    """The patterns of one layer or stack."""
+    if not patterns or not all(isinstance(p, str) and p.strip("/") for p in patterns):
+        nested = any(isinstance(p, StackedPatterns) for p in patterns)
+        raise TypeError(
+            f"Each layer needs one or more nonempty string patterns, got {tuple(patterns)!r}."
+            + (" dm.stacked(…) is an entry of its own." if nested else "")
+        )
+    return tuple(patterns)
+
+
+def _lines(paths: Sequence[str], limit: int = 40) -> str:
+    shown = "\n".join(f"  {path}" for path in paths[:limit])
+    return shown + (f"\n  … ({len(paths)} in all)" if len(paths) > limit else "")
+
+
+class Match(NamedTuple, Generic[T]):
+    """The entry of a mapping from patterns that matches a leaf."""
+
+    pattern: str
+    value: T
+    names_leaf: bool
+    """Whether the pattern reaches to the end of the path; otherwise it names a module."""
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The expression that finds a pattern in a leaf path.
+
+    A pattern is a run of whole path components, `*` stands for any characters inside one of them,
+    and a leading `/` ties it to the root of the tree.
+
+    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_1/kernel"))
+    True
+    >>> bool(compile_pattern("Conv_1").search("encoder/Conv_10/kernel"))
+    False
+    >>> bool(compile_pattern("/Dense_0").search("Block_0/Dense_0/kernel"))
+    False
+    """
+    anchored = pattern.startswith("/")
+    body = re.escape(pattern.strip("/")).replace(r"\*", "[^/]*")
+    return re.compile(("^" if anchored else "(?:^|/)") + body + "(?:/|$)")
+
+
+def match_leaves(
+    argument: str, mapping: Mapping[str, T], paths: Sequence[str], elsewhere: Sequence[str] = ()
+) -> dict[str, Match[T]]:
+    """The entry of a mapping from patterns for each leaf that one of them matches.
+
+    Args:
+        argument: The mapping's name in messages.
+        mapping: From patterns to anything.
+        paths: The paths of the leaves.
+        elsewhere: Paths that a pattern may match instead.
+
+    Raises:
+        TypeError: For a pattern that is no string.
+        ValueError: For a pattern that matches no leaf, and for a leaf that two patterns match.
+    """
+    matches: dict[str, Match[T]] = {}
+    for pattern, value in mapping.items():
+        if not isinstance(pattern, str) or not pattern.strip("/"):
+            raise TypeError(f"{argument} is by path patterns, which are strings, got {pattern!r}.")
+        expression = compile_pattern(pattern)
+        hits = {path: found for path in paths if (found := expression.search(path))}
+        if paths and not hits and not any(map(expression.search, elsewhere)):
+            raise ValueError(
+                f"{argument}: pattern '{pattern}' matches no leaf of {list(paths)}."
+                f"{nearest_run(pattern, paths)}"
+            )
+        for path, found in hits.items():
+            if path in matches:
+                raise ValueError(
+                    f"{argument}: leaf '{path}' matches both '{matches[path].pattern}' and "
+                    f"'{pattern}'."
+                )
+            matches[path] = Match(pattern, value, found.end() == len(path))
+    return matches
+
+
+def nearest_run(pattern: str, paths: Sequence[str]) -> str:
+    """A suggestion for a misspelt pattern, out of all runs of as many components."""
+    width = len(pattern.strip("/").split("/"))
+    runs = set()
+    for path in paths:
+        components = path.split("/")
+        for i in range(len(components) - width + 1):
+            runs.add("/".join(components[i : i + width]))
+    return did_you_mean(pattern, sorted(runs))

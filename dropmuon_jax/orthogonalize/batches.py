@@ -1,0 +1,174 @@
+"""Many matrices at once: those of one shape are stacked and pass through one program.
+
+This is the seam between the algorithm and a mesh of devices. An LMO hands all of its active leaves
+to the `orthogonalize_all` of :func:`execution`; on a mesh `dropmuon_jax.sharding` puts another one
+in its place, and nothing else knows that there is a mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dropmuon_jax._checks import describe
+from dropmuon_jax.layers.matrices import MatrixAxes, to_matrices
+
+Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
+Matrices = Float[Array, "batch rows cols"]
+
+# 256 MiB. On a CPU the speed does not depend on it between 32 MiB and 1 GiB.
+DEFAULT_MEMORY_LIMIT = 2**28
+
+
+def orthogonalize_all(
+    function: Orthogonalize, leaves: Sequence[Array], axes: Sequence[MatrixAxes], memory_limit: int
+) -> list[Array]:
+    """`function` of every matrix of every leaf.
+
+    Matrices of one shape, and those of its transpose, are joined, so that the program holds
+    `function` once for each shape, however many matrices there are.
+
+    Args:
+        function: From a stack of matrices, no taller than wide, to one of the same shape and dtype,
+            in which every matrix depends on its own matrix only.
+        leaves: Arrays of matrices.
+        axes: The matrix axes of each leaf.
+        memory_limit: The working memory of `function` in bytes; a joined stack that needs more
+            passes through it in slices, of one matrix at least, in a loop.
+
+    Returns:
+        Arrays of the shapes of the leaves.
+    """
+    stacks, restore = zip(*map(to_matrices, leaves, axes), strict=True) if leaves else ((), ())
+    buckets: dict[tuple, list[int]] = {}
+    for i, stack in enumerate(stacks):
+        buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype), []).append(i)
+    results = list(leaves)
+    for members in buckets.values():
+        wide = [_transposed_if_tall(stacks[i], stacks[i].shape) for i in members]
+        joined = jnp.concatenate(wide) if len(wide) > 1 else wide[0]
+        slice_size = _slice_size(joined, memory_limit)
+        if slice_size >= len(joined):
+            joined = check_polar_factors(joined, function(joined))
+        else:
+            joined = _in_slices(function, joined, slice_size)
+        ends = np.cumsum([len(stack) for stack in wide])
+        for i, piece in zip(members, jnp.split(joined, ends[:-1]), strict=True):
+            results[i] = restore[i](_transposed_if_tall(piece, stacks[i].shape))
+    return results
+
+
+def _transposed_if_tall(stack: Matrices, shape: Sequence[int]) -> Matrices:
+    return stack.mT if shape[1] > shape[2] else stack
+
+
+class Execution(NamedTuple):
+    """How arrays are computed with: what a mesh of devices does in its own way."""
+
+    call: Callable[..., Any]
+    """`call(function, *arguments, named, results_like)` is `function(*arguments)`, computed where
+    no axis of a mesh is explicit. `named` is the tree among the arguments whose leaves are known by
+    their paths, `results_like` a tree with the structure and the placement of the results.
+    `function` closes over no arrays."""
+    orthogonalize_all: Callable[..., list[Array]]
+    """As :func:`orthogonalize_all`."""
+    update_rows: Callable[..., tuple[Any, Any]] | None = None
+    """The update of the active layers of a stack; None where they are updated one by one."""
+
+
+def _call(function: Callable[..., Any], *arguments: Any, named: Any, results_like: Any) -> Any:
+    del named, results_like
+    return function(*arguments)
+
+
+LOCAL = Execution(_call, orthogonalize_all)
+_is_on_mesh: Callable[..., bool] = lambda *trees: False  # noqa: E731
+_on_mesh: Callable[..., Execution] = lambda *trees: LOCAL  # noqa: E731
+
+
+def install(is_on_mesh: Callable[..., bool], on_mesh: Callable[..., Execution]) -> None:
+    """Lets `on_mesh` say how trees of arrays are computed with, where `is_on_mesh` is true."""
+    global _is_on_mesh, _on_mesh
+    _is_on_mesh, _on_mesh = is_on_mesh, on_mesh
+
+
+def execution(*trees: Any) -> Execution:
+    """How these arrays are computed with."""
+    return _on_mesh(*trees) if _is_on_mesh(*trees) else LOCAL
+
+
+def check_polar_factors(stack: Matrices, result: Any) -> Matrices:
+    """The result of a function of a stack; an error if its shape or dtype is another one."""
+    if not isinstance(result, jax.Array):
+        raise TypeError(
+            "The orthogonalize function must return an array of the shape it is given, "
+            f"{list(stack.shape)}, and returned {describe(result)}."
+        )
+    if result.shape != stack.shape or result.dtype != stack.dtype:
+        raise ValueError(
+            f"The orthogonalize function was given {stack.dtype.name}{list(stack.shape)} and "
+            f"returned {result.dtype.name}{list(result.shape)}: shape and dtype must stay."
+        )
+    return result
+
+
+def in_slices(function: Orthogonalize, stack: Matrices, memory_limit: int) -> Matrices:
+    """`function` of the stack, in slices that take `memory_limit` bytes where it needs more."""
+    size = _slice_size(stack, memory_limit)
+    if size >= len(stack):
+        return check_polar_factors(stack, function(stack))
+    return _in_slices(function, stack, size)
+
+
+def _in_slices(function: Orthogonalize, stack: Matrices, size: int) -> Matrices:
+    """`function` of slices of `size` matrices, one by one and in place."""
+    count = len(stack)
+    num_slices = -(-count // size)
+    padded = jnp.pad(stack, [(0, num_slices * size - count), (0, 0), (0, 0)])
+
+    def replace_slice(i: Array, stack: Matrices) -> Matrices:
+        piece = jax.lax.dynamic_slice_in_dim(stack, i * size, size)
+        polar_factors = check_polar_factors(piece, function(piece))
+        return jax.lax.dynamic_update_slice_in_dim(stack, polar_factors, i * size, axis=0)
+
+    return jax.lax.fori_loop(0, num_slices, replace_slice, padded)[:count]
+
+
+def _slice_size(stack: Matrices, memory_limit: int) -> int:
+    """How many matrices pass at once: as many as there is memory for, with the least padding."""
+    count, needed = len(stack), working_bytes(stack.shape[1:], stack.dtype)
+    largest = max(1, min(count, memory_limit // max(1, needed)))
+    return min(range(largest, largest // 2, -1), key=lambda size: -(-count // size) * size)
+
+
+def working_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    """What an iteration holds for one matrix: two of its size, and five Gram matrices."""
+    short, long = sorted(shape)
+    return (2 * short * long + 5 * short**2) * dtype.itemsize
+
+
+def svd_polar_factor(x: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
+    """UVᵀ over the singular values that are not zero to rounding; of UΣVᵀ, by its SVD."""
+    dtype = np.promote_types(x.dtype, np.float32)
+    u, s, vt = jnp.linalg.svd(finite_or_nan(x.astype(dtype)), full_matrices=False)
+    # NumPy's rule for the rank of a matrix.
+    threshold = s[..., :1] * (max(x.shape[-2:]) * jnp.finfo(dtype).eps)
+    # Comparing with "not smaller or equal" keeps the NaN of a matrix with NaN.
+    return jnp.matmul(u * jnp.where(s <= threshold, 0, 1)[..., None, :], vt).astype(x.dtype)
+
+
+def finite_or_nan(x: Array) -> Array:
+    """NaN for infinities, with which an SVD on a CPU never returns."""
+    return jnp.where(jnp.isinf(x), jnp.nan, x)
+
+
+def to_unit_entries(x: Array, axes: int | tuple[int, ...] = (-2, -1)) -> tuple[Array, Array]:
+    """The numbers times 2⁻ᵉ, exactly, the largest along the axes in [1/2, 1), and the integers e.
+
+    The squares of 1e-30 and of 1e30 are then in range. The axes of e have length 1.
+    """
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0))
+    return jnp.ldexp(x, -exponent), exponent

@@ -1,0 +1,108 @@
+"""The house itself: how many rooms, how long the files, how far a gradient leaf travels."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import dropmuon_jax as dm
+
+PACKAGE = Path(dm.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_package_has_at_most_50_modules_of_30_to_300_lines():
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    too_long = {path.name: n for path, n in lines.items() if n > 300}
+    too_short = {path.name: n for path, n in lines.items() if n < 30 and path.stem != "__init__"}
+    assert sum(path.stem != "__init__" for path in FILES) <= 50
+    assert not too_long
+    assert not too_short
+
+
+def test_the_root_has_about_forty_names_and_all_are_there():
+    assert len(dm.__all__) <= 50
+    assert all(hasattr(dm, name) for name in dm.__all__)
+
+
+def test_what_stands_in_public_signatures_can_be_named():
+    for namespace, names in {
+        dm.layers: ("DimensionNumbers", "LeafNumbers", "StackedPatterns", "Layers", "Roles"),
+        dm.schedules: ("Radius", "LeafRadius", "AdaptiveRadius"),
+        dm.orthogonalize: ("Orthogonalize", "Coefficients", "NewtonSchulz"),
+        dm.sampling: ("LayerDistribution", "AdaptiveDistribution", "DepthSampler"),
+    }.items():
+        for name in names:
+            assert hasattr(namespace, name), name
+
+
+def visited_modules(function, *args, **kwargs):
+    """The modules of the package in which code runs."""
+    seen = set()
+
+    def profile(frame, event, _):
+        name = frame.f_globals.get("__name__") or ""
+        if event == "call" and name.startswith("dropmuon_jax."):
+            seen.add(name.removeprefix("dropmuon_jax."))
+
+    sys.setprofile(profile)
+    try:
+        function(*args, **kwargs)
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+PARAMS = {"stem": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+MESH = {"sharding.on_mesh"}  # is asked whether there is one
+LAYERS = dm.layers_by_path(PARAMS, ["stem", "head"])
+
+
+def test_a_matrix_visits_at_most_ten_modules_in_a_chain():
+    tx = optax.chain(
+        dm.momentum(0.9),
+        dm.newton_schulz_lmo(),
+        optax.scale_by_learning_rate(0.1),
+        dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=0),
+    )
+    state, mask = tx.init(PARAMS), LAYERS.mask(1)
+    step = functools.partial(tx.update, PARAMS, state, PARAMS, layer_mask=mask)
+    assert len(visited_modules(step) - MESH) <= 10
+
+
+def test_a_matrix_visits_at_most_ten_modules_in_drop_muon():
+    optimizer = dm.drop_muon(0.1, LAYERS)
+    state, mask = optimizer.init(PARAMS), LAYERS.mask(1)
+    step = functools.partial(optimizer.update, PARAMS, state, PARAMS, layer_mask=mask)
+    # The part for everything that is no matrix, of which there is nothing here.
+    auxiliary = {"transforms.per_layer", "layers.layers", "_checks"}
+    assert len(visited_modules(step) - auxiliary - MESH) <= 10
+
+
+def test_five_calls_lead_from_newton_schulz_lmo_to_the_iteration():
+    deepest = 0
+
+    def profile(frame, event, _):
+        nonlocal deepest
+        if event != "call" or frame.f_code.co_name != "_iterate":
+            return
+        hops = 0
+        while frame is not None:
+            hops += (frame.f_globals.get("__name__") or "").startswith("dropmuon_jax.")
+            frame = frame.f_back
+        deepest = max(deepest, hops)
+
+    tx = dm.newton_schulz_lmo()
+    state = tx.init(PARAMS)
+    jax.clear_caches()  # so that the iteration is traced
+    sys.setprofile(profile)
+    try:
+        tx.update(PARAMS, state)
+    finally:
+        sys.setprofile(None)
+    # The update of the LMO, behind the one that resolves its mask; what runs where no mesh axis is
+    # explicit; all matrices; the kernel, for the platform that runs it; the iteration.
+    assert 0 < deepest <= 8
