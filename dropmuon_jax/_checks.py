@@ -186,11 +186,19 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
                     f"{argument}: '{at}' is an nnx.{type(node).__name__}, no parameter. Give the "
                     "parameters alone, such as nnx.state(module, nnx.Param)."
                 )
+    if isinstance(tree, Mapping) and "params" in tree and len(tree) > 1:
+        others = ", ".join(repr(name) for name in tree if name != "params")
+        raise TypeError(
+            f"{argument} holds {others} beside 'params', as the variables of Flax Linen do, and "
+            "statistics and caches are not trained: give variables['params']."
+        )
+    eqx: Any = sys.modules.get("equinox")
+    is_equinox = eqx is not None and isinstance(tree, eqx.Module)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             continue
-        if callable(leaf):
+        if callable(leaf) or is_equinox:
             cure = (
                 "Of an Equinox model give the arrays alone: eqx.filter(model, eqx.is_inexact_array)"
             )

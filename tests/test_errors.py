@@ -446,7 +446,7 @@ SAMPLING_ERRORS = [
         "host_draw_of_an_array_as_seed",
         lambda: sampler(UNIFORM, seed=jnp.int32(1)).depth(0),
         TypeError,
-        "seed is an array, and the host draws from integers",
+        "seed is an array",
         "sampler.sample",
     ),
     error(

@@ -418,7 +418,7 @@ HEAD_LAYERS = dm.layers_by_path(HEAD, ["head"])
         (
             lambda: scion(0.1, RADII, roles={"Dense_0": "hiden"}),
             ValueError,
-            ["'hiden', and radii has no such role", "Did you mean 'hidden'"],
+            ["roles gives 'Dense_0' the role 'hiden'", "Did you mean 'hidden'"],
         ),
         (
             lambda: dm.scion(0.1, {"head": 1.0}).update(
@@ -472,6 +472,11 @@ def test_a_momentum_that_does_not_look_at_the_mask_is_found_by_the_check(name):
         dm.check_optimizer(tx, params, layers)
     frozen = dm.per_layer(optax.trace(0.9), layers)
     dm.check_optimizer(make(0.1, layers, *radii, momentum=frozen), params, layers)
+
+
+def test_a_leaf_of_a_role_without_radius_is_named():
+    with pytest.raises(ValueError, match="'Dense_0/kernel' is 'gate', and radii has no such role"):
+        scion(0.1, RADII, roles={"Dense_0/kernel": "gate"})
 
 
 def test_a_norm_of_a_role_of_your_own_needs_its_radius():

@@ -404,7 +404,7 @@ def test_stacks_need_one_executable(distribution):
     ours, theirs = (copy(params), copy(state)), (params, state)
     for step in range(12):
         was = copy(ours[0])
-        *ours, loss = step_fn(step, *ours, X, Y)
+        *ours, _ = step_fn(step, *ours, X, Y)
         for i, on in enumerate(sampler.active(step)[1:5]):
             assert on or ours[0]["blocks"][i].tobytes() == was["blocks"][i].tobytes()
     for step in range(12):

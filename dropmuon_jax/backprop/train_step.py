@@ -32,11 +32,10 @@ def train_step(
 ) -> TrainStep:
     """A whole training step: gradient, update and its application, with one mask.
 
-    The sampler draws the layers of step k on the host, as a function of k (and, if it follows the
-    run, of the state). The step is jitted once for each set of layers that is drawn, and inactive
-    parameters come out bit for bit. What does not fit is written with the parts, in a jit of your
-    own: `sampler.depth(step)`, `layers.mask(depth)`, :func:`masked_value_and_grad`,
-    `optimizer.update(…, layer_mask=mask)` and `optax.apply_updates`.
+    The sampler draws the layers of step k on the host. The step is jitted once for each set of
+    layers that is drawn, and inactive parameters come out bit for bit. What does not fit is written
+    with the parts, in a jit of your own: `sampler.depth(step)`, :func:`masked_value_and_grad`,
+    `optimizer.update(…, depth=depth)` and `optax.apply_updates`.
 
     * Variance reduction: where the state keeps previous parameters, as with :func:`mvr_momentum`,
       the gradient of the batch is taken there too.
@@ -51,11 +50,11 @@ def train_step(
 
     Args:
         loss_fn: A function of `(params, *args, **kwargs)` that returns a scalar, or
-            `(scalar, aux)` with `has_aux`. If it has an argument `depth`, it gets by keyword the
-            depth among all layers: an integer, or an integer array if layers are stacked.
+            `(scalar, aux)` with `has_aux`. Bind what is static, `partial(loss_fn, train=True)`. An
+            argument `depth` gets, by keyword, the depth among all layers: an integer, or an integer
+            array if layers are stacked.
         optimizer: An Optax transformation, whose `update` is given `layer_mask`. One that ignores
-            the mask still changes its state of inactive layers, unless :func:`per_layer` is around
-            it: :func:`check_optimizer` tells.
+            it still changes its state of inactive layers, as :func:`check_optimizer` finds out.
         sampler: The sampler of the layers.
         has_aux: Whether `loss_fn` returns auxiliary data.
         donate: Whether the given parameters and state are overwritten, and so deleted.
@@ -167,6 +166,8 @@ class TrainStep:
         draws: list[Any] = [(np.int32(0), None)]
         if not self._is_stacked:
             draws = [(None, active) for active in _possible_draws(self.sampler)]
+        if self._draws is self.sampler:
+            self.sampler.active(0)  # which compiles small programs of its own
         compiling: list[Future[Any]] = []
         done = 0
 
@@ -178,8 +179,7 @@ class TrainStep:
                     progress(done, len(draws))
 
         with ThreadPoolExecutor(static_int("max_workers", max_workers, minimum=1)) as pool:
-            for draw in draws:
-                # Lowered here: contexts such as a mesh or a precision do not reach other threads.
+            for draw in draws:  # lowered here, since contexts do not reach other threads
                 compiling.append(pool.submit(self._jitted.lower(*inputs, *draw).compile))
                 report()
             for future in as_completed(compiling):
@@ -270,11 +270,11 @@ def _as_returned(carried: Any, others: Any, shardings: Any) -> Any:
     if shardings is not None:
         *parts, rest = carried
         return *map(_put, parts, shardings), rest
-    for x in filter(_is_put, [*leaves, *jax.tree.leaves(others)]):
-        if len(x.sharding.device_set) == 1:
-            device = next(iter(x.sharding.device_set))
-            return _put(carried, jax.device_put(np.int32(0), device).sharding)
-    return carried
+    put = list(filter(_is_put, [*leaves, *jax.tree.leaves(others)]))
+    devices = set().union(*(x.sharding.device_set for x in put))
+    if len(devices) != 1:  # with arrays on several, JAX says what does not fit
+        return carried
+    return _put(carried, jax.device_put(np.int32(0), *devices).sharding)
 
 
 def _is_put(x: Any) -> bool:

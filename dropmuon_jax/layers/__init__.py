@@ -2,15 +2,18 @@
 
 from dropmuon_jax.layers.by_path import StackedPatterns, layers_by_path, stacked
 from dropmuon_jax.layers.by_trace import trace_layers
-from dropmuon_jax.layers.layers import Layers, StackedLeaves
-from dropmuon_jax.layers.matrices import DimensionNumbers, LeafNumbers
+from dropmuon_jax.layers.layers import Layers, Leaf, StackedLeaves
+from dropmuon_jax.layers.matrices import DimensionNumbers, LeafNumbers, MatrixAxes, MatrixShape
 from dropmuon_jax.layers.roles import ROLES, Roles, matrix_labels
 
 __all__ = [
     "ROLES",
     "DimensionNumbers",
     "Layers",
+    "Leaf",
     "LeafNumbers",
+    "MatrixAxes",
+    "MatrixShape",
     "Roles",
     "StackedLeaves",
     "StackedPatterns",

@@ -93,13 +93,12 @@ class Layers:
                 also a vector of booleans that may be traced, such as
                 `jnp.asarray(sampler.subsets)[sampler.sample(count)]`.
 
-        Raises:
-            TypeError, ValueError: If they are not one boolean for each layer.
+        Raises TypeError or ValueError if they are not one boolean for each layer.
         """
         if np.shape(active) != (self.num_layers,):
+            needed = f"{self.num_layers} entries, one for each of the layers"
             raise ValueError(
-                f"active must have {self.num_layers} entries, one for each of the layers "
-                f"{', '.join(self.names)}; got {len(active)}."
+                f"active must have {needed} {', '.join(self.names)}; got {len(active)}."
             )
         if self.stacks and isinstance(active, jax.Array) and active.dtype == bool:
             return self._mask_of(lambda x: active[x])
@@ -223,13 +222,16 @@ class Layers:
 
     def check_rows(self, layer_mask: Any) -> None:
         """Error for a vector at a leaf that is not stacked in these layers."""
-        pairs = zip(self._leaves_of(layer_mask), jax.tree.leaves(layer_mask), strict=True)
-        for leaf, flag in pairs:
+        made = "Make it with layers.mask(depth) of the same layers."
+        for leaf, flag in zip(
+            self._leaves_of(layer_mask), jax.tree.leaves(layer_mask), strict=True
+        ):
             if np.ndim(flag) and not leaf.is_stacked:
-                raise ValueError(
-                    f"layer_mask is a vector at '{leaf.path}', which is not stacked in these "
-                    "layers. Make it with layers.mask(depth) of the same layers."
-                )
+                where = f"'{leaf.path}', which is not stacked in these layers"
+                raise ValueError(f"layer_mask is a vector at {where}. {made}")
+            flags = flag.tolist() if np.ndim(flag) and isinstance(flag, np.ndarray) else leaf.layers
+            if len({*zip(leaf.layers, flags, strict=True)}) > len({*leaf.layers}):
+                raise ValueError(f"layer_mask splits a layer at '{leaf.path}'. {made}")
 
     def _leaves_of(self, tree: Any) -> list[Leaf]:
         """The leaves of which a tree consists; an error for one that is not among them."""
@@ -239,10 +241,8 @@ class Layers:
                 made_from = f"with the leaves {str(known[:8])[1:-1]}" + ", …" * (len(known) > 8)
                 if path in known:
                     made_from = "whose containers differ, such as a list from a dict or a module"
-                raise ValueError(
-                    f"Leaf '{path}' is in no layer: the layers were made from a tree {made_from}. "
-                    "Make the layers from these parameters."
-                )
+                origin = f"the layers were made from a tree {made_from}. Make the layers from these"
+                raise ValueError(f"Leaf '{path}' is in no layer: {origin} parameters.")
         return [leaves[key] for key in keys]
 
     def __str__(self) -> str:

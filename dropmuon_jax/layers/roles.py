@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
+from dropmuon_jax._checks import did_you_mean
 from dropmuon_jax.layers.by_path import match_leaves
 from dropmuon_jax.layers.layers import format_table
 from dropmuon_jax.layers.matrices import (
@@ -99,11 +100,14 @@ class Roles:
                 raise TypeError(
                     f"roles maps path patterns to role names, got {pattern!r}: {role!r}."
                 )
+            if role not in ROLES and (slip := did_you_mean(role, ROLES)):
+                raise ValueError(
+                    f"roles gives '{pattern}' the role {role!r}.{slip} A role of your own needs "
+                    "another name."
+                )
         object.__setattr__(self, "patterns", tuple(sorted(patterns.items())))
 
-    def labels(
-        self, params: Any, dimension_numbers: DimensionNumbers | None = None
-    ) -> Any:
+    def labels(self, params: Any, dimension_numbers: DimensionNumbers | None = None) -> Any:
         """The role of each leaf: labels for :func:`chain_subtrees`.
 
         Args:
@@ -132,9 +136,7 @@ class Roles:
             rows.append((path, "×".join(map(str, shape)) or "scalar", role, reason))
         return format_table(rows, "<<<<")
 
-    def _assign(
-        self, params: Any, dimension_numbers: DimensionNumbers | None
-    ) -> list["_LeafRole"]:
+    def _assign(self, params: Any, dimension_numbers: DimensionNumbers | None) -> list["_LeafRole"]:
         paths, leaves = leaf_paths(params), jax.tree.leaves(params)
         check_dimension_numbers(dimension_numbers)
         numbers = numbers_of_leaves(dimension_numbers, paths)
@@ -270,8 +272,8 @@ def _matrix_role(
     if any(c in _HEADS or (c.endswith("_head") and c != "multi_head") for c in components):
         return "head", "its path"
     is_square = len(set(window)) == 1 and max(window) <= _MAX_WINDOW
-    # Three axes of a tree that is all "in_out" may as well be layers or heads, in and out.
-    looks_like_window = is_square and not (len(shape) == 3 and numbers == "in_out")
+    # Three axes of a tree of one layout may as well be layers or heads, in and out.
+    looks_like_window = is_square and not (len(shape) == 3 and isinstance(numbers, str))
     is_known = "conv" in path.lower() or (by_pattern and numbers is not None)
     if window and not (looks_like_window or is_known or is_unreadable):
         raise ValueError(

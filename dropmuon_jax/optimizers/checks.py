@@ -26,6 +26,8 @@ from dropmuon_jax.optimizers.composition import (
 )
 from dropmuon_jax.schedules import AdaptiveRadius, Radius, leaf_radii
 
+_WARM_UP = 10  # steps in which a leaf should move, though its learning rate starts at 0
+
 
 def scion_init(
     key: PRNGKeyArray,
@@ -137,10 +139,11 @@ def check_optimizer(
 ) -> None:
     """Error for an optimizer that climbs, or that moves a layer which a mask freezes.
 
-    Takes two steps with random gradients at your parameters, and looks at what they do:
+    Takes a few steps with random gradients at your parameters, and looks at what they do:
 
-    * every leaf must go downhill, ⟨gradient, update⟩ ≤ 0: a part that has a learning rate already,
-      such as `optax.adamw(…)` as `auxiliary` of :func:`muon`, has its minus sign too, and climbs;
+    * every leaf must go downhill, ⟨g, u(g) − u(−g)⟩ ≤ 0, where u is the update: a part that has a
+      learning rate already, such as `optax.adamw(…)` as `auxiliary` of :func:`muon`, has its minus
+      sign too, and climbs;
     * with `layers`, a step of the last layer alone must leave all other layers as they are, bit for
       bit, and every array of the state that belongs to them, which is found by its path. A
       transformation of Optax that does not look at `layer_mask`, or stands behind
@@ -183,15 +186,22 @@ def check_optimizer(
         extra_args["prev_params_grads"] = grads
 
     @jax.jit
-    def full_step(grads: Any, state: Any, params: Any) -> Any:
+    def both_ways(grads: Any, state: Any, params: Any) -> Any:
+        """The updates of a gradient and of its opposite, in which weight decay is the same."""
         mask = {} if layers is None else {"layer_mask": layers.mask(0)}
-        return tx.update(grads, state, params, **mask, **extra_args)
+        updates, new_state = tx.update(grads, state, params, **mask, **extra_args)
+        opposite = jax.tree.map(jnp.negative, (grads, extra_args))
+        other, _ = tx.update(opposite[0], state, params, **mask, **opposite[1])
+        return jax.tree.map(jnp.subtract, updates, other), new_state
 
-    updates, state = full_step(grads, tx.init(params), params)
-    for path, grad, update in zip(
-        leaf_paths(params), random, treedef.flatten_up_to(updates), strict=True
-    ):
-        if float(jnp.vdot(grad.astype(jnp.float32), update.astype(jnp.float32))) > 0:
+    state, moves = tx.init(params), []
+    for _ in range(_WARM_UP):  # the rate of the first step may be 0
+        updates, state = both_ways(grads, state, params)
+        moves = treedef.flatten_up_to(updates)
+        if all(bool(move.any()) for move in moves):
+            break
+    for path, grad, move in zip(leaf_paths(params), random, moves, strict=True):
+        if float(jnp.vdot(grad.astype(jnp.float32), move.astype(jnp.float32))) > 0:
             raise ValueError(
                 f"Leaf '{path}' moves along its gradient: the optimizer climbs there. A part of it "
                 "has a learning rate, and with it the minus sign, already: give the direction "
@@ -220,12 +230,14 @@ def check_optimizer(
                 "dm.layer_mask_sampler(layers, …), which lets active layers through alone."
             )
     before = jax.tree_util.tree_leaves_with_path(state)
+    keys_of_leaves = sorted(leaf_keys(params), key=len, reverse=True)
     for (where, old), new in zip(before, jax.tree.leaves(new_state), strict=True):
         at = jax.tree_util.keystr(where)
-        for key, (path, i) in frozen.items():
-            if not (at.endswith(key) and np.shape(old) == np.shape(leaves[i])):
-                continue
-            if _bytes(old, mask, i) != _bytes(new, mask, i):
+        key = next(filter(at.endswith, keys_of_leaves), None)  # the longest that fits
+        if key in frozen:
+            path, i = frozen[key]
+            same_shape = np.shape(old) == np.shape(leaves[i])
+            if same_shape and _bytes(old, mask, i) != _bytes(new, mask, i):
                 raise ValueError(
                     f"The state {at} of leaf '{path}' changes in a step in which its layer is not "
                     "active: a transformation does not look at layer_mask. Freeze it layer by "

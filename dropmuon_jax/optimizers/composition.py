@@ -231,15 +231,13 @@ def role_subtrees(
 def role_numbers(role: str, numbers: DimensionNumbers | None) -> DimensionNumbers | None:
     """The dimension numbers of the leaves of a role.
 
-    One `MuonDimensionNumbers` for all leaves is for the hidden ones; the layout of a whole tree is
-    for hidden leaves and heads, since tables are (tokens, features) in all libraries.
+    One for all leaves is for hidden leaves and heads, since tables are (tokens, features) in all
+    libraries.
     """
     if role == "bias":
         return None
     if role == "tied_head" or (role == "embedding" and not isinstance(numbers, Mapping)):
         return "in_out"
-    if role == "head" and not isinstance(numbers, Mapping | str):
-        return None
     return numbers
 
 

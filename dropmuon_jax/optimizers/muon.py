@@ -16,7 +16,7 @@ from dropmuon_jax._checks import (
 )
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers
-from dropmuon_jax.layers.roles import Roles, as_roles
+from dropmuon_jax.layers.roles import Roles, as_roles, matrix_labels
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.optimizers.composition import (
     active_layers,
@@ -232,13 +232,11 @@ def _muon_chain(
     check_rate("auxiliary_learning_rate", auxiliary_learning_rate)
     check_nonnegative("weight_decay", weight_decay)
     check_transformation("auxiliary", auxiliary)
-    # A network needs no head here: a head is a matrix as the others are.
-    roles = Roles(as_roles(roles).patterns, has_head=False)
+    roles = as_roles(roles)
 
     @remembered_labels
     def labels(params: optax.Params) -> Any:
-        found = roles.labels(rows_of(params, layers), dimension_numbers)
-        return jax.tree.map(lambda role: "matrix" if role in ("hidden", "head") else "other", found)
+        return matrix_labels(rows_of(params, layers), dimension_numbers, roles)
 
     def decays(params: optax.Params) -> Any:
         mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask

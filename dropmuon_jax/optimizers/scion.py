@@ -87,8 +87,8 @@ def scion(
             path patterns to roles; in many networks `{"Dense_3": "head"}`.
         dimension_numbers: The axes of matrices that are no Flax kernels of dense layers or 2-D
             convolutions, as in :func:`norm_lmo`: a mapping from path patterns, for hidden leaves,
-            heads and embeddings; one for the hidden leaves alone; or "out_in" for a whole tree
-            whose kernels are (out, in, \*window), as Equinox keeps them.
+            heads and embeddings; or one for all hidden leaves and heads, such as "out_in" where
+            kernels are (out, in, \*window), as Equinox keeps them.
 
     Returns:
         A transformation. It takes no `layer_mask`; :func:`drop_scion` does.

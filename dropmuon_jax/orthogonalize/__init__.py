@@ -2,12 +2,17 @@
 
 from dropmuon_jax.orthogonalize.batches import Orthogonalize, svd_polar_factor
 from dropmuon_jax.orthogonalize.newton_schulz import NewtonSchulz, newton_schulz
-from dropmuon_jax.orthogonalize.polynomials import Coefficients, polar_express_coefficients
+from dropmuon_jax.orthogonalize.polynomials import (
+    Coefficients,
+    Polynomials,
+    polar_express_coefficients,
+)
 
 __all__ = [
     "Coefficients",
     "NewtonSchulz",
     "Orthogonalize",
+    "Polynomials",
     "newton_schulz",
     "polar_express_coefficients",
     "svd_polar_factor",

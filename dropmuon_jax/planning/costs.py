@@ -247,9 +247,6 @@ def predicted_speed_up(
         0.666...
         >>> dm.planning.predicted_speed_up(dm.uniform_depth(), [0.5, 1], [4, 2])
         1.333...
-
-    References:
-        Derived for this package, like :func:`optimal_depth`.
     """
     check_choice("criterion", criterion, CRITERIA)
     smoothness, costs = _checked(smoothness, depth_costs)
@@ -270,10 +267,8 @@ def _bound(
 
 def _depth_probabilities(distribution: LayerDistribution, step: int, num_layers: int) -> np.ndarray:
     if not isinstance(distribution, LayerDistribution):
-        raise TypeError(
-            "distribution must be a LayerDistribution such as dm.uniform_depth(), "
-            f"got {describe(distribution)}."
-        )
+        expected = "a LayerDistribution such as dm.uniform_depth()"
+        raise TypeError(f"distribution must be {expected}, got {describe(distribution)}.")
     if not np.array_equal(distribution.subsets(num_layers), depth_subsets(num_layers)):
         raise TypeError(
             "distribution draws arbitrary subsets, and costs are those of depths. Give one over "
@@ -289,12 +284,11 @@ def _depth_probabilities(distribution: LayerDistribution, step: int, num_layers:
 
 def _checked(smoothness: Numbers, depth_costs: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64, the costs not rising."""
-    checked = _positive("smoothness", smoothness), _positive("depth_costs", depth_costs)
-    lengths = [len(of) for of in checked]
-    if lengths[0] != lengths[1]:
-        given = f"smoothness is of {lengths[0]} layers and depth_costs of {lengths[1]}"
+    constants, costs = _positive("smoothness", smoothness), _positive("depth_costs", depth_costs)
+    if len(constants) != len(costs):
+        given = f"smoothness is of {len(constants)} layers and depth_costs of {len(costs)}"
         raise ValueError(f"{given}: give one number for each layer, shallow to deep.")
-    return checked[0], not_rising(checked[1])
+    return constants, not_rising(costs)
 
 
 def _positive(name: str, values: Numbers) -> np.ndarray:

@@ -27,8 +27,8 @@ def record_gains(
 ) -> optax.GradientTransformationExtraArgs:
     """Records what each layer's updates gain, and plans the draws of an adaptive sampler by it.
 
-    Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside, and
-    what gathers several gradients for one step, `optax.MultiSteps`, around it.
+    Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside.
+    `optax.MultiSteps` goes neither around nor inside: gather gradients in the step itself.
 
     Args:
         inner: The whole optimizer, from the gradient to the update that is added.
@@ -50,6 +50,7 @@ def record_gains(
         True
     """
     check_transformation("inner", inner)
+    sampler = getattr(sampler, "draws", sampler)  # of a layer_mask_sampler
     distribution = getattr(sampler, "distribution", None)
     if not isinstance(distribution, AdaptiveDistribution):
         raise TypeError(
@@ -210,7 +211,7 @@ class Reading(NamedTuple):
             raise ValueError(
                 f"opt_state has taken {reading.count} steps, and was given for step {step}. Give "
                 "each step the state before it; after a restart count on from its steps. What "
-                "leaves steps out, such as optax.apply_if_finite, goes inside dm.record_gains."
+                "leaves steps out (optax.apply_if_finite) goes inside, optax.MultiSteps nowhere."
             )
         check_probabilities(reading.probabilities, step)
         return reading

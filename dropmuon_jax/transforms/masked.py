@@ -275,6 +275,8 @@ def required_mask(
     """The validated mask of an update that cannot do without one."""
     if layer_mask is None:
         check_extra_args(extra_args)
+        if "depth" in extra_args:
+            otherwise = "; depth= is for drop_muon and its siblings"
         raise TypeError(
             "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
             f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}."

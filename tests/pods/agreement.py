@@ -1,4 +1,4 @@
-"""What processes draw, and what they are told when they would not draw the same."""
+"""What processes draw, and the error where they would not draw the same."""
 
 import contextlib
 from collections.abc import Callable
