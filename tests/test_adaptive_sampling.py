@@ -337,6 +337,13 @@ def test_micro_batches_that_a_wrapper_outside_gathers_are_found_out():
         reader.depth(8, state)
 
 
+def test_micro_batches_that_a_wrapper_inside_gathers_are_an_error():
+    steps = optax.MultiSteps(dm.drop_muon(0.1, LAYERS), every_k_schedule=3)
+    inner = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    with pytest.raises(TypeError, match=r"optax\.MultiSteps: gather gradients in the step itself"):
+        dm.record_gains(inner, make_sampler()).init(make_params())
+
+
 def test_a_step_that_is_drawn_again_is_the_same():
     sampler, update = make_sampler(), updates_of(make_tx())
     reader, state, depths = PlanReader(sampler), make_tx().init(make_params()), []

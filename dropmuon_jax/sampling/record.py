@@ -64,9 +64,11 @@ def record_gains(
     def init_fn(params: optax.Params) -> LayerGainsState:
         check_parameters(params)
         layers.rows_of(params)  # an error if a leaf is in no layer
+        if _nodes(inner_state := init(params), optax.MultiStepsState):  # which gain 0 in between
+            raise TypeError("inner holds an optax.MultiSteps: gather gradients in the step itself.")
         uniform = jnp.full(num_subsets, 1 / num_subsets, jnp.float32)
         return LayerGainsState(
-            init(params),
+            inner_state,
             jnp.zeros((), jnp.int32),
             jnp.zeros(layers.num_layers, jnp.float32),
             jnp.zeros(layers.num_layers, jnp.int32),
@@ -97,7 +99,6 @@ def record_gains(
         weight = jnp.maximum(1 - distribution.decay, 1 / jnp.maximum(num_active_steps, 1))
         average = state.gains + weight.astype(jnp.float32) * (latest - state.gains)
         gains = jnp.where(counts, average, state.gains)
-
         count = jnp.asarray(optax.safe_increment(state.count))
         ends_period = count % distribution.steps_per_plan == 0
         # A layer that has not been seen may be worth as much as the best.
@@ -151,23 +152,22 @@ def find_record(opt_state: Any) -> LayerGainsState:
     if opt_state is None:
         way_out = "give the optimizer state before the step, sampler.depth(step, opt_state)"
         raise TypeError(f"This distribution follows the run: {way_out}.")
-
-    found = _records(opt_state)
+    found = _nodes(opt_state, LayerGainsState)
     if not found:
         raise ValueError(
             "opt_state has no record of the layers' gains, which this distribution draws by. Make "
             "the optimizer by tx = dm.record_gains(optimizer, sampler), and give the state of tx."
         )
-    if len(found) > 1 or _records(found[0].inner_state):
+    if len(found) > 1 or _nodes(found[0].inner_state, LayerGainsState):
         raise ValueError(
             "opt_state has several records of gains: call dm.record_gains once, around all else."
         )
     return found[0]
 
 
-def _records(tree: Any) -> list[LayerGainsState]:
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, LayerGainsState))
-    return [node for node in nodes if isinstance(node, LayerGainsState)]
+def _nodes(tree: Any, kind: type) -> list[Any]:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 LAST_STEP = 2**31 - 1
