@@ -4,13 +4,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-deep test-all lint clean
 
 demo: $(VENV)/benchmarks.installed
-	$(BIN)/python benchmarks/race.py --output-dir results
+	$(BIN)/python benchmarks/compare.py --output-dir results
 
+# What a change of the package may break; five minutes on two cores.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not deep"
+
+# The rest: several devices and processes, grids of dtypes and shapes, studies from end to end.
+test-deep: $(VENV)/test.installed
+	$(BIN)/pytest -n 2 --dist worksteal -m deep
+
+test-all: test test-deep
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
@@ -20,8 +27,9 @@ lint: $(VENV)/test.installed
 
 $(VENV)/%.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dropmuon_jax needs Python >= 3.11; choose one: make PYTHON=python3.12")'
+	@echo "Installing the package and what '$*' needs into $(VENV), about a minute:"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
 clean:

@@ -22,7 +22,7 @@ class Images(NamedTuple):
 
 
 def load_images(
-    name: DatasetName,
+    name: str,
     *,
     data_dir: Path | None = None,
     download: bool = False,
@@ -93,7 +93,7 @@ def _tensorflow_datasets(name: str, *, data_dir: Path | None, download: bool) ->
             raise SystemExit(
                 f"The data set {name} is not prepared where tensorflow-datasets looks for it: give "
                 "the folder that holds it with --data-dir, or let it be downloaded with "
-                "--download, or race on the embedded digits with --dataset mnist5k."
+                "--download, or take the embedded digits with --task mnist5k."
             )
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         try:
@@ -102,8 +102,8 @@ def _tensorflow_datasets(name: str, *, data_dir: Path | None, download: bool) ->
             raise SystemExit(
                 f"The data set {name} could not be downloaded and prepared "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-                "): give the folder of a prepared one with --data-dir, or race on the embedded "
-                "digits with --dataset mnist5k."
+                "): give the folder of a prepared one with --data-dir, or take the embedded "
+                "digits with --task mnist5k."
             ) from None
     try:
         splits = builder.as_data_source()

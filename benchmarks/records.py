@@ -1,6 +1,5 @@
-"""Records that benchmarks leave, as JSON and PNG: how they were made, without names of machines."""
+"""Records that benchmarks leave, as JSON: how they were made, without names of machines."""
 
-import dataclasses
 import datetime
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
+import numpy as np
 
 PACKAGES = ("dropmuon-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -35,29 +34,31 @@ def environment() -> dict[str, Any]:
     }
 
 
+def rounded(values: Any, digits: int = 5) -> Any:
+    """Numbers in lists of lists, to so many digits: records are read by people, too."""
+    if isinstance(values, list | tuple):
+        return [rounded(value, digits) for value in values]
+    if isinstance(values, np.ndarray):
+        return rounded(values.tolist(), digits)
+    return float(f"{values:.{digits}g}")
+
+
 def to_json(tree: Any) -> str:
     """JSON proper: what is not finite becomes null (never reached, or diverged)."""
     return json.dumps(_finite(tree), indent=1, allow_nan=False) + "\n"
 
 
-def save_study(benchmark: str, settings: Any, results: dict[str, Any], figure: Figure) -> str:
-    """Writes a study as JSON and PNG, under its name.
+def write_json(path: Path, tree: Any) -> None:
+    """Writes JSON proper; a program that is ended meanwhile leaves no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(to_json(tree), encoding="utf-8")
+    unfinished.rename(path)
 
-    Args:
-        benchmark: The name.
-        settings: A dataclass, whose `output_dir` is where they go.
-        results: What is recorded beside arguments and environment.
-        figure: The picture.
 
-    Returns:
-        A sentence that says where they are.
-    """
-    arguments = dataclasses.asdict(settings)
-    folder = arguments.pop("output_dir")  # of the machine, not of the measurement
-    record = {"benchmark": benchmark, "arguments": arguments, "environment": environment()}
-    (folder / f"{benchmark}.json").write_text(to_json(record | results), encoding="utf-8")
-    figure.savefig(folder / f"{benchmark}.png", dpi=150)
-    return f"Written to {folder}: {benchmark}.json, {benchmark}.png"
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` has written, with None where a number was not finite."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,22 @@
-"""Fixtures shared by the test files."""
+"""How the tests compile, and fixtures that their files share."""
 
 import jax
 import pytest
 
 # They run in processes of their own, started by test_on_eight_devices.py.
 collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
+
+# Most programs run once, for milliseconds, and compile for longer, so their machine code is not
+# optimized. XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_configure(config):
+    """Lets all workers, and the next run, use what has been compiled, from pytest's own cache."""
+    if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
@@ -16,10 +28,4 @@ def strict_promotion():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compiles machine code without optimizations, where compiling takes longer than running.
-
-    XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """What holds for all tests now."""

@@ -1,14 +1,14 @@
 """The algorithms of other papers in float64 NumPy, one layer at a time.
 
-Drop-Muon's own is `dropmuon_jax.algorithm`, which is NumPy too; nothing else of ours is imported.
+Drop-Muon's own is `dropmuon_jax.algorithm`, which is NumPy too. Of ours are besides it the
+coefficients of Polar Express, which Remez's algorithm gives again in test_orthogonalize.py.
 """
 
 import numpy as np
 
-from dropmuon_jax.algorithm import polar_factor
+from dropmuon_jax.orthogonalize.polynomials import POLYNOMIALS
 
-# As published: Muon (Jordan et al., 2024), Dion (You, 2025), Polar Express (Amsel et al., 2025),
-# Turbo-Muon (Boissin et al., 2025).
+# As published: Muon (Jordan et al., 2024), Dion (You, 2025), Turbo-Muon (Boissin et al., 2025).
 MUON = [(3.4445, -4.7750, 2.0315)]
 DION = [
     (4.0848, -6.8946, 2.9270),
@@ -16,16 +16,6 @@ DION = [
     (3.7418, -5.5913, 2.3037),
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
-]
-POLAR_EXPRESS = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
 ]
 TURBO_MUON = [
     (4.6051, -9.6552, 5.6769),
@@ -37,7 +27,7 @@ TURBO_MUON = [
 COEFFICIENTS = {
     "muon": (MUON, "frobenius", 5),
     "dion": (DION, "frobenius", 5),
-    "polar_express": (POLAR_EXPRESS, "schatten", 5),
+    "polar_express": (POLYNOMIALS["polar_express"].coefficients, "schatten", 5),
     "turbo_muon": (TURBO_MUON, "aol", 4),
 }
 
@@ -64,69 +54,6 @@ def polynomial_polar_factor(matrix, rows, start="frobenius"):
     return x
 
 
-def pytorch_layout(kernel):
-    """A Flax kernel (*window, in, out) as PyTorch keeps it, (out, in, *window)."""
-    return np.moveaxis(kernel, (-1, -2), (0, 1))
-
-
-def flax_layout(weight):
-    """The way back."""
-    return np.moveaxis(weight, (0, 1), (-1, -2))
-
-
-def scion_lmo(role, g):
-    """Scion's `lmo` of a gradient in PyTorch's layout (arXiv:2502.07529 and its repository)."""
-    if role == "bias":  # BiasRMS
-        return g / np.sqrt(np.mean(g**2))
-    d_out, d_in, *window = g.shape
-    if role == "hidden":  # Spectral and SpectralConv
-        return (
-            (d_out / d_in) ** 0.5
-            / np.prod(window)
-            * polar_factor(g.reshape(d_out, -1)).reshape(g.shape)
-        )
-    if role == "head":  # Sign
-        return np.sign(g) / d_in
-    # ColNorm: each column of the matrix (features, tokens).
-    return g / (np.sqrt(np.sum(g**2, axis=0, keepdims=True)) / np.sqrt(d_out))
-
-
-class Scion:
-    """Algorithms 1 and 2 of Scion (arXiv:2502.07529); `momentum` is its α, of the new gradient.
-
-    Gluon (arXiv:2505.13416) is the unconstrained one with α and γ that change from step to step.
-    """
-
-    def __init__(self, params, roles, radii, *, constrained):
-        self.params = {name: self._layout(roles[name], x) for name, x in params.items()}
-        self.average = {name: np.zeros_like(x) for name, x in self.params.items()}
-        self.roles = roles
-        self.radii = radii
-        self.constrained = constrained
-
-    @staticmethod
-    def _layout(role, x):
-        x = np.asarray(x, np.float64)
-        return x if role == "bias" else pytorch_layout(x)
-
-    def step(self, grads, *, lr, momentum):
-        """One step with gradients in Flax's layout."""
-        for name, role in self.roles.items():
-            gradient = self._layout(role, grads[name])
-            self.average[name] = (1 - momentum) * self.average[name] + momentum * gradient
-            update = self.radii[role] * scion_lmo(role, self.average[name])
-            if self.constrained:
-                self.params[name] = (1 - lr) * self.params[name]
-            self.params[name] = self.params[name] - lr * update
-
-    def flax_params(self):
-        """The parameters in Flax's layout."""
-        return {
-            name: x if self.roles[name] == "bias" else flax_layout(x)
-            for name, x in self.params.items()
-        }
-
-
 def mvr_average(variant, g, g_prev, m, estimator, *, decay, q):
     """M and G of MVR-1, MVR-2 and MVR-3 (arXiv:2512.16598); g and g_prev are of one batch."""
     if variant == 1:
@@ -139,7 +66,7 @@ def mvr_average(variant, g, g_prev, m, estimator, *, decay, q):
 
 
 class DropMVR:
-    """Steps of radius lr · UVᵀ(M) of the layers that are drawn, with M by MVR.
+    """Steps lr · M of the layers that are drawn, with M by MVR.
 
     A layer's previous parameters are those before its own last step; `on_reactivate` says what
     becomes of M and G after k - j > 1 steps.
@@ -179,7 +106,7 @@ class DropMVR:
             self.last_step[name] = k
         self.before |= {name: self.params[name] for name in active}
         for name in active:
-            self.params[name] = self.params[name] - lr * polar_factor(self.averages[name][0])
+            self.params[name] = self.params[name] - lr * self.averages[name][0]
 
 
 def mars_average(g, g_last, m, *, decay, gamma):

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax.contrib import MuonDimensionNumbers
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers as Numbers
 
 import dropmuon_jax as dm
 
@@ -19,33 +21,66 @@ PARAMS = {
     "mid": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)},
     "head": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
 }
-LAYERS = dm.layers_by_path(PARAMS, ["stem", "mid", "head"])
+KERNELS = {name: {"kernel": layer["kernel"]} for name, layer in PARAMS.items()}
+WITH_TAIL = PARAMS | {"tail": jnp.ones(2)}
+X = jnp.ones((1, 2))
+ROWS = np.arange(5) > 1
+ADAPTIVE = dm.schedules.adaptive_radius(1.0)
+LONGER = jax.tree.map(lambda leaf: leaf[None], PARAMS)
+NAMES = ["stem", "mid", "head"]
+LAYERS = dm.layers_by_path(PARAMS, NAMES)
+STACK = {"embed": jnp.ones((3, 4)), "blocks": {"w": jnp.ones((5, 4, 4)), "b": jnp.ones((5, 4))}}
+STACK_LAYERS = dm.layers_by_path(STACK, ["embed", dm.stacked("blocks")])
 UNIFORM = dm.uniform_depth()
 SAMPLER = dm.DepthSampler(LAYERS, UNIFORM, seed=0)
-SUBSET_SAMPLER = dm.DepthSampler(LAYERS, dm.sampling.fixed_size_subsets(2), seed=0)
 ADAPTIVE_SAMPLER = dm.DepthSampler(LAYERS, dm.time_aware_depth([3.0, 2.0, 1.0]), seed=0)
 LINK = dm.layer_mask_sampler(LAYERS, UNIFORM, seed=0)
-KERNELS = {name: {"kernel": layer["kernel"]} for name, layer in PARAMS.items()}
+RADII = dict.fromkeys(dm.layers.ROLES, 1.0)
+LMO, MVR = dm.newton_schulz_lmo(), dm.mvr_momentum()
+MUON_MVR = dm.muon(0.1, momentum=MVR)
+newton_schulz, newton_schulz_lmo = dm.orthogonalize.newton_schulz, dm.newton_schulz_lmo
+polar_express = dm.orthogonalize.polar_express_coefficients
+norms, schedules, mars_momentum = dm.norms, dm.schedules, dm.transforms.mars_momentum
+MARS, KEEPER = mars_momentum(), dm.transforms.keep_prev_params()
+rms_lmo = functools.partial(dm.norm_lmo, norms.rms_norm())
+sharp = functools.partial(dm.transforms.norm_sharp, norms.rms_norm())
 
 
 def loss_fn(params: Any) -> jax.Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
 
 
-def sampler(distribution: Any, **kwargs: Any) -> Any:
-    return dm.DepthSampler(LAYERS, distribution, **kwargs)
+def by_path(*patterns: Any, params: Any = PARAMS) -> dm.Layers:
+    return dm.layers_by_path(params, patterns)
+
+
+def stack_of(*shapes: tuple[int, ...]) -> dm.Layers:
+    params = {name: jnp.ones(shape) for name, shape in zip("ab", shapes, strict=False)}
+    return dm.layers_by_path(params, [dm.stacked("*")])
+
+
+def sampler(distribution: Any = UNIFORM, **kwargs: Any) -> Any:
+    return dm.DepthSampler(LAYERS, distribution, **{"seed": 0, **kwargs})
+
+
+def sampler_of(probabilities: Any, subsets: Any = dm.sampling.depth_subsets) -> Any:
+    return sampler(dm.LayerDistribution(subsets, probabilities))
 
 
 def drop_muon(learning_rate: Any = 0.1, **kwargs: Any) -> Any:
     return dm.drop_muon(learning_rate, LAYERS, **kwargs)
 
 
-def lmo(norm: Any, radius: Any = 1.0, **kwargs: Any) -> Any:
-    return dm.norm_lmo(norm, radius, **kwargs)
+def scion(learning_rate: Any = 0.1, radii: Any = RADII, **kwargs: Any) -> Any:
+    return dm.scion(learning_rate, radii, **kwargs).init(KERNELS)
 
 
-def sharp(norm: Any, step_size: Any = 1.0, **kwargs: Any) -> Any:
-    return dm.transforms.norm_sharp(norm, step_size, **kwargs)
+def scion_init(radii: Any) -> Any:
+    return dm.optimizers.scion_init(jax.random.key(0), {"head": jnp.eye(3)}, radii)
+
+
+def orthogonalized(kernel: Any) -> Any:
+    return updated(dm.norm_lmo(norms.spectral_norm(orthogonalize=kernel)), KERNELS)
 
 
 def updated(tx: optax.GradientTransformation, params: Any = PARAMS, **extra_args: Any) -> Any:
@@ -53,1780 +88,42 @@ def updated(tx: optax.GradientTransformation, params: Any = PARAMS, **extra_args
     return tx.update(params, tx.init(params), params, **extra_args)
 
 
+def updated_from(state_of: Any, tx: Any = MVR, params: Any = PARAMS) -> Any:
+    """An update with the state of another transformation, or other parameters."""
+    return tx.update(PARAMS, state_of.init(PARAMS), params, prev_params_grads=PARAMS)
+
+
+def injected(factory: Any, **arguments: Any) -> Any:
+    return optax.inject_hyperparams(factory)(**arguments).init(KERNELS)
+
+
 def gradients(**kwargs: Any) -> Any:
     return dm.masked_value_and_grad(loss_fn)(PARAMS, **kwargs)
 
 
-def traced(function: Any, value: Any) -> Any:
-    return jax.jit(function)(value)
+def pair(prev_params: Any = PARAMS, **kwargs: Any) -> Any:
+    return dm.masked_value_and_grad_pair(loss_fn)(PARAMS, prev_params, **kwargs)
 
 
-def spec(reduction_axis: Any, output_axis: Any) -> MuonDimensionNumbers:
-    return MuonDimensionNumbers(reduction_axis, output_axis)
+def axes(shape: tuple[int, ...], numbers: Any = None, name: str = "kernel") -> Any:
+    return newton_schulz_lmo(dimension_numbers=numbers).init({"net": {name: jnp.ones(shape)}})
 
 
-def init_lmo(shape: tuple[int, ...], dimension_numbers: Any = None) -> Any:
-    params = {"blocks": [{"kernel": jnp.ones(shape)}]}
-    return dm.newton_schulz_lmo(dimension_numbers=dimension_numbers).init(params)
+def labels(numbers: Any = None, **shapes: tuple[int, ...]) -> Any:
+    params = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    return dm.Roles().labels(params, numbers)
 
 
-def mask_that_splits(layer: str) -> Any:
-    mask = LAYERS.mask(0)
-    return mask | {layer: {"kernel": True, "bias": False}}
+def step_of_stack(layer_mask: Any, layers: dm.Layers = STACK_LAYERS) -> Any:
+    return updated(dm.per_layer(optax.sgd(0.1), layers), STACK, layer_mask=layer_mask)
 
 
-def error(identifier: str, function: Any, exception: type[Exception], *words: str) -> Any:
-    """A bad call, and the words that its message must hold, in this order."""
-    return pytest.param(function, exception, words, id=identifier)
+def stack_mask(w: Any, b: Any, embed: Any = True) -> Any:
+    return {"embed": embed, "blocks": {"w": w, "b": b}}
 
 
-LAYER_ERRORS = [
-    error(
-        "pattern_without_match",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mit", "head"]),
-        ValueError,
-        "Pattern 'mit' matches no leaf",
-        "Did you mean 'mid'?",
-        "stem/kernel",
-    ),
-    error(
-        "pattern_of_two_components_without_match",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mid/kernels", "mid/bias", "head"]),
-        ValueError,
-        "Pattern 'mid/kernels' matches no leaf",
-        "Did you mean 'mid/kernel'?",
-    ),
-    error(
-        "leaf_without_pattern",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "head"]),
-        ValueError,
-        "No pattern matches these leaves",
-        "add a pattern",
-        "mid/bias",
-        "mid/kernel",
-    ),
-    error(
-        "leaf_that_matches_twice",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", "head", "*/bias"]),
-        ValueError,
-        "Leaf 'head/bias' matches both 'head' and '*/bias'",
-        "Write more components",
-    ),
-    error(
-        "the_same_pattern_twice",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", "head", "stem"]),
-        ValueError,
-        "Leaf 'stem/bias' matches both 'stem' and 'stem'",
-    ),
-    error(
-        "patterns_are_a_string",
-        lambda: dm.layers_by_path(PARAMS, "stem"),
-        TypeError,
-        "patterns must be a sequence with a pattern for each layer",
-        "'stem'",
-    ),
-    error(
-        "patterns_are_no_strings",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", 3]),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "Each layer needs one or more nonempty string patterns, got",
-        "3",
-    ),
-    error(
-        "patterns_hold_no_strings",
-        lambda: dm.layers_by_path(PARAMS, ["stem", "mid", (3,)]),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "Each layer needs one or more nonempty string patterns, got (3,)",
-    ),
-    error("no_patterns", lambda: dm.layers_by_path(PARAMS, []), ValueError, "patterns is empty"),
-    error(
-        "trace_of_an_unused_leaf",
-        lambda: dm.trace_layers(lambda p: jnp.sum(p["stem"]["kernel"]), PARAMS),
-        ValueError,
-        "does not depend on the leaves",
-        "mid/kernel",
-        "dm.layers_by_path",
-    ),
-    error(
-        "depth_negative", lambda: LAYERS.mask(-1), ValueError, "depth must be at least 0", "got -1"
-    ),
-    error(
-        "depth_too_large",
-        lambda: LAYERS.mask(3),
-        ValueError,
-        "depth must be at most 2, with 3 layers",
-        "got 3",
-    ),
-    error(
-        "depth_traced",
-        lambda: traced(lambda depth: gradients(layer_mask=LAYERS.mask(depth)), jnp.array(1)),
-        TypeError,
-        "depth must be a Python integer, got an array",
-        "static_argnames='depth'",
-        "sampler.depth(step)",
-        "dm.switch_depth",
-    ),
-    error("depth_boolean", lambda: LAYERS.mask(True), TypeError, "depth", "got a truth value"),
-    error(
-        "depth_not_whole",
-        lambda: LAYERS.mask(1.0),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "depth must be a Python integer, got 1.0",
-    ),
-    error(
-        "subset_of_wrong_length",
-        lambda: LAYERS.subset([True, False]),
-        ValueError,
-        "active must have 3 entries",
-        "stem, mid, head",
-        "got 2",
-    ),
-    error(
-        "subset_not_boolean",
-        lambda: LAYERS.subset([1, 0, 1]),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "active must hold Python booleans, got 1",
-    ),
-    error("group_none", lambda: LAYERS.group(0), ValueError, "num_groups must be at least 1"),
-    error(
-        "group_of_too_many",
-        lambda: LAYERS.group(4),
-        ValueError,
-        "num_groups must be at most 3, the number of layers",
-        "got 4",
-    ),
-    error(
-        "group_costs_of_wrong_length",
-        lambda: LAYERS.group(2, layer_costs=[1.0, 2.0]),
-        ValueError,
-        "layer_costs must be 3 nonnegative numbers, one for each layer",
-    ),
-    error(
-        "group_costs_negative",
-        lambda: LAYERS.group(2, layer_costs=[1.0, -2.0, 1.0]),
-        ValueError,
-        "layer_costs must be 3 nonnegative numbers",
-        "-2.0",
-    ),
-]
-
-MASK_ERRORS = [
-    error(
-        "mask_missing_in_masked_value_and_grad",
-        lambda: gradients(),
-        TypeError,
-        "layer_mask",
-    ),
-    error(
-        "mask_missing_in_the_sampler",
-        lambda: updated(LINK),
-        TypeError,
-        "missing the keyword argument 'layer_mask'",
-        "layer_mask=layers.mask(depth)",
-    ),
-    error(
-        "mask_missing_in_drop_muon",
-        lambda: updated(drop_muon()),
-        TypeError,
-        "missing the keyword argument 'layer_mask'",
-        "layer_mask=layers.mask(depth), or depth=depth in its place",
-    ),
-    error(
-        "mask_and_depth",
-        lambda: updated(drop_muon(), layer_mask=LAYERS.mask(1), depth=1),
-        TypeError,
-        "update() takes layer_mask or depth, and got both",
-    ),
-    error(
-        "depth_too_large_in_update",
-        lambda: updated(drop_muon(), depth=3),
-        ValueError,
-        "depth must be at most 2, with 3 layers",
-    ),
-    error(
-        "depth_traced_in_update",
-        lambda: traced(lambda depth: updated(drop_muon(), depth=depth)[0], jnp.array(1)),
-        TypeError,
-        "depth must be a Python integer, got an array",
-        "static_argnames='depth'",
-    ),
-    *(
-        error(
-            f"{name}_given_to_muon",
-            lambda extra_args=extra_args: updated(dm.muon(0.1), **extra_args),
-            TypeError,
-            "muon updates every layer and takes no layer_mask or depth",
-            "use drop_muon",
-        )
-        for name, extra_args in (("mask", {"layer_mask": LAYERS.mask(1)}), ("depth", {"depth": 0}))
-    ),
-]
-# Each of these masks is bad for everything that takes one.
-BAD_MASKS = [
-    error(
-        "without_a_leaf",
-        lambda call: call(LAYERS.mask(0) | {"mid": {"kernel": True}}),
-        ValueError,
-        "layer_mask has another structure",
-        "'mid/bias' is missing from the mask",
-        "layers made from the same tree",
-    ),
-    error(
-        "with_a_leaf_too_many",
-        lambda call: call(LAYERS.mask(0) | {"tail": True}),
-        ValueError,
-        "layer_mask has another structure",
-        "'tail' is only in the mask",
-    ),
-    error(
-        "of_other_containers",
-        lambda call: call(tuple(LAYERS.mask(0).values())),
-        ValueError,
-        "layer_mask has another structure",
-    ),
-    error(
-        "of_one_boolean", lambda call: call(True), TypeError, "layer_mask must be a tree", "True"
-    ),
-    error(
-        "traced",
-        lambda call: traced(call, jax.tree.map(jnp.asarray, LAYERS.mask(1))),
-        TypeError,
-        "layer_mask is an array at 'head/bias'",
-        "layers.mask(depth)",
-        "static_argnames='depth'",
-        "dm.switch_depth",
-    ),
-    error(
-        "on_the_device",
-        lambda call: call(jax.tree.map(jnp.asarray, LAYERS.mask(1))),
-        TypeError,
-        "layer_mask is an array at 'head/bias'",
-    ),
-    error(
-        "of_integers",
-        lambda call: call(jax.tree.map(int, LAYERS.mask(1))),
-        TypeError,
-        "layer_mask must have Python booleans as leaves, got 1 at 'head/bias'",
-        "layers.mask(depth)",
-    ),
-    error(
-        "of_numpy_arrays",
-        lambda call: call(jax.tree.map(np.asarray, LAYERS.mask(1))),
-        TypeError,
-        "layer_mask must have Python booleans as leaves",
-        "'head/bias'",
-    ),
-]
-TAKES_A_MASK = {
-    "masked_value_and_grad": lambda mask: gradients(layer_mask=mask),
-    "masked_value_and_grad_pair": lambda mask: dm.masked_value_and_grad_pair(loss_fn)(
-        PARAMS, PARAMS, layer_mask=mask
-    ),
-    "sampler": lambda mask: updated(LINK, layer_mask=mask)[0],
-    "momentum": lambda mask: updated(dm.momentum(), layer_mask=mask)[0],
-    "per_layer": lambda mask: updated(dm.per_layer(optax.sgd(1.0), LAYERS), layer_mask=mask)[0],
-    "chain_subtrees": lambda mask: updated(
-        dm.chain_subtrees({"all": dm.momentum()}, "all"), layer_mask=mask
-    )[0],
-    "drop_muon": lambda mask: updated(drop_muon(), layer_mask=mask)[0],
-    "drop_scion": lambda mask: updated(
-        dm.drop_scion(0.1, LAYERS, dict.fromkeys(dm.layers.ROLES, 1.0)), layer_mask=mask
-    )[0],
-    "record_gains": lambda mask: updated(
-        dm.record_gains(drop_muon(), ADAPTIVE_SAMPLER), layer_mask=mask
-    )[0],
-}
-
-SAMPLING_ERRORS = [
-    error(
-        "probabilities_negative",
-        lambda: dm.fixed_depth([0.5, -0.25, 0.75]),
-        ValueError,
-        "probabilities must not be negative",
-        "-0.25",
-    ),
-    error(
-        "probabilities_nan",
-        lambda: dm.fixed_depth([0.5, float("nan"), 0.5]),
-        ValueError,
-        "probabilities",
-        "nan",
-    ),
-    error(
-        "probabilities_that_do_not_sum_to_one",
-        lambda: dm.fixed_depth([0.5, 0.25, 0.5]),
-        ValueError,
-        "probabilities must sum to 1, got 1.25",
-    ),
-    error(
-        "probabilities_empty",
-        lambda: dm.fixed_depth([]),
-        ValueError,
-        "probabilities must be a sequence of numbers",
-    ),
-    error(
-        "probabilities_of_wrong_length",
-        lambda: sampler(dm.fixed_depth([0.5, 0.5]), seed=0),
-        ValueError,
-        "gives 2 probabilities, and 3 layers need 3",
-        "stem, mid, head",
-    ),
-    error(
-        "own_probabilities_negative",
-        lambda: sampler(
-            dm.LayerDistribution(
-                dm.sampling.depth_subsets, lambda step, b: jnp.array([1.5, -0.5, 0.0])
-            ),
-            seed=0,
-        ),
-        ValueError,
-        "probabilities must not be negative",
-        "at step 0",
-    ),
-    error(
-        "own_probabilities_that_do_not_sum_to_one",
-        lambda: sampler(
-            dm.LayerDistribution(dm.sampling.depth_subsets, lambda step, b: jnp.full(b, 0.5)),
-            seed=0,
-        ),
-        ValueError,
-        "probabilities must sum to 1, got 1.5 at step 0",
-    ),
-    error(
-        "distribution_not_called",
-        lambda: sampler(dm.uniform_depth, seed=0),
-        TypeError,
-        "distribution must be a LayerDistribution such as dm.uniform_depth()",
-    ),
-    *(
-        error(
-            f"layers_that_are_patterns_in_{make.__name__}",
-            lambda make=make: make(["stem", "mid", "head"], UNIFORM, seed=0),
-            TypeError,
-            "layers must be made by layers_by_path or trace_layers",
-        )
-        for make in (dm.DepthSampler, dm.layer_mask_sampler)
-    ),
-    *(
-        error(
-            f"seed_missing_in_{make.__name__}",
-            lambda make=make: make(LAYERS, UNIFORM),
-            TypeError,
-            "'seed'",
-        )
-        for make in (dm.DepthSampler, dm.layer_mask_sampler)
-    ),
-    error(
-        "seed_given_to_drop_muon",
-        lambda: dm.drop_muon(0.1, LAYERS, UNIFORM, seed=0),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        "drop_muon() has no argument 'seed': say dm.DepthSampler(layers, distribution, seed=…)",
-    ),
-    error(
-        "seed_negative",
-        lambda: sampler(UNIFORM, seed=-1),
-        ValueError,
-        "seed must be at least 0, got -1",
-    ),
-    error("seed_boolean", lambda: sampler(UNIFORM, seed=True), TypeError, "seed", "truth value"),
-    error(
-        "seeds_in_a_vector",
-        lambda: sampler(UNIFORM, seed=jax.random.split(jax.random.key(0))),
-        TypeError,
-        "seed must be a Python integer, got an array",
-        "or a key such as jax.random.key(0)",
-    ),
-    error(
-        "seed_of_floats",
-        lambda: sampler(UNIFORM, seed=jnp.float32(1)),
-        TypeError,
-        "seed must be a Python integer, got an array",
-    ),
-    error(
-        "host_draw_of_an_array_as_seed",
-        lambda: sampler(UNIFORM, seed=jnp.int32(1)).depth(0),
-        TypeError,
-        "seed is an array",
-        "sampler.sample",
-    ),
-    error(
-        "steps_per_draw_zero",
-        lambda: sampler(UNIFORM, seed=0, steps_per_draw=0),
-        ValueError,
-        "steps_per_draw must be at least 1, got 0",
-    ),
-    error(
-        "steps_per_draw_injected",
-        lambda: optax.inject_hyperparams(dm.layer_mask_sampler)(LAYERS, UNIFORM, seed=0).init(
-            PARAMS
-        ),
-        TypeError,
-        "steps_per_draw must be a Python integer, got an array",
-        "static_args",
-    ),
-    error(
-        "epoch_shift_without_steps",
-        lambda: dm.epoch_shift_depth(0),
-        ValueError,
-        "num_steps must be at least 1, got 0",
-    ),
-    error(
-        "epoch_shift_with_negative_alpha",
-        lambda: dm.epoch_shift_depth(10, alpha=-0.5),
-        ValueError,
-        "alpha must be at least 0",
-        "-0.5",
-    ),
-    error(
-        "epoch_shift_with_infinite_alpha",
-        lambda: dm.epoch_shift_depth(10, alpha=float("inf")),
-        ValueError,
-        "alpha must be at least 0 and finite, got inf",
-    ),
-    error(
-        "independent_layers_above_one",
-        lambda: dm.sampling.independent_layers([0.5, 1.5, 0.5]),
-        ValueError,
-        "probabilities must lie in [0, 1]",
-        "1.5",
-    ),
-    error(
-        "independent_layers_empty",
-        lambda: dm.sampling.independent_layers([]),
-        ValueError,
-        "probabilities must be a sequence of numbers",
-    ),
-    error(
-        "independent_layers_of_wrong_length",
-        lambda: sampler(dm.sampling.independent_layers([0.5, 0.5]), seed=0),
-        ValueError,
-        "subsets of shape (4, 2), and there are 3 layers",
-        "stem, mid, head",
-    ),
-    error(
-        "independent_layers_too_many",
-        lambda: dm.sampling.independent_layers([0.5] * 13),
-        ValueError,
-        "has 8192 subsets",
-        "layers.group(k)",
-    ),
-    error(
-        "fixed_size_subsets_of_nothing",
-        lambda: dm.sampling.fixed_size_subsets(0),
-        ValueError,
-        "size must be at least 1, got 0",
-    ),
-    error(
-        "fixed_size_subsets_of_more_than_all",
-        lambda: sampler(dm.sampling.fixed_size_subsets(4), seed=0),
-        ValueError,
-        "size must be at most 3, the number of layers, got 4",
-    ),
-    error(
-        "fixed_size_subsets_too_many",
-        lambda: dm.sampling.fixed_size_subsets(8).inclusion_probabilities(0, 16),
-        ValueError,
-        "has 12870 subsets",
-        "layers.group(k)",
-    ),
-    error(
-        "depth_of_an_array",
-        lambda: SAMPLER.depth(jnp.array(3)),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "step must be a Python integer, got an array",
-        "Count the steps in Python, or use sampler.sample",
-    ),
-    error(
-        "depth_of_a_negative_step",
-        lambda: SAMPLER.depth(-1),
-        ValueError,
-        "step must be at least 0, got -1",
-    ),
-    error(
-        "depth_of_a_subset_distribution",
-        lambda: SUBSET_SAMPLER.depth(0),
-        TypeError,
-        "draws arbitrary subsets, not depths",
-        "sampler.active(step)",
-        "layers.subset(active)",
-    ),
-]
-
-LMO_ERRORS = [
-    error(
-        "vector",
-        lambda: dm.newton_schulz_lmo().init(PARAMS),
-        ValueError,
-        "needs matrices, and leaf 'head/bias' has shape (2,)",
-        "dm.chain_subtrees",
-    ),
-    error("scalar", lambda: init_lmo(()), ValueError, "leaf 'blocks/0/kernel' has shape ()"),
-    error(
-        "vector_called_a_matrix",
-        lambda: drop_muon(roles={"bias": "hidden"}).init(PARAMS),
-        ValueError,
-        "needs matrices, and leaf 'head/bias' has shape (2,)",
-    ),
-    error(
-        "labels_in_place_of_roles",
-        lambda: drop_muon(labels=dm.matrix_labels),
-        TypeError,
-        "drop_muon() has no argument 'labels': say roles=",
-    ),
-    error(
-        "three_axes_without_dimension_numbers",
-        lambda: init_lmo((2, 3, 4)),
-        ValueError,
-        "leaf 'blocks/0/kernel', of shape (2, 3, 4)",
-        "dimension_numbers={'blocks/0/kernel'",
-        "batch axes",
-    ),
-    error(
-        "five_axes_without_dimension_numbers",
-        lambda: init_lmo((2, 3, 4, 5, 6)),
-        ValueError,
-        "leaf 'blocks/0/kernel', of shape (2, 3, 4, 5, 6)",
-    ),
-    error(
-        "weight_of_an_unknown_layout",
-        lambda: dm.newton_schulz_lmo().init({"layers": [{"weight": jnp.ones((3, 4))}]}),
-        ValueError,
-        "Leaf 'layers/0/weight' of shape (3, 4)",
-        "(out, in, *window), as in Equinox and PyTorch",
-        "dimension_numbers='out_in' or 'in_out'",
-    ),
-    error(
-        "dimension_numbers_out_of_range",
-        lambda: init_lmo((2, 3, 4), spec(1, 3)),
-        ValueError,
-        "dimension_numbers name an axis of (3,), but leaf 'blocks/0/kernel' has 3 axes",
-    ),
-    error(
-        "dimension_numbers_with_an_axis_twice",
-        lambda: init_lmo((2, 3, 4), spec((0, 1), -2)),
-        ValueError,
-        "none twice; leaf 'blocks/0/kernel' got reduction_axis=(0, 1), output_axis=(1,)",
-    ),
-    error(
-        "dimension_numbers_without_fan_in",
-        lambda: init_lmo((2, 3, 4), spec((), 2)),
-        ValueError,
-        "at least one axis each for fan-in and fan-out",
-    ),
-    error(
-        "dimension_numbers_pattern_without_match",
-        lambda: init_lmo((2, 3, 4), {"blocks/0/kernels": spec(1, 2)}),
-        ValueError,
-        "pattern 'blocks/0/kernels' matches no leaf",
-        "Did you mean 'blocks/0/kernel'?",
-    ),
-    error(
-        "dimension_numbers_leaf_that_matches_twice",
-        lambda: init_lmo((2, 3, 4), {"blocks": spec(1, 2), "kernel": spec(1, 2)}),
-        ValueError,
-        "leaf 'blocks/0/kernel' matches both",
-    ),
-    error(
-        "dimension_numbers_that_are_none",
-        lambda: init_lmo((2, 3, 4), (1, 2)),
-        TypeError,
-        "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'in_out', 'out_in', or a",
-        "(1, 2)",
-    ),
-    error("radius_zero", lambda: dm.newton_schulz_lmo(0.0), ValueError, "radius must be positive"),
-    error(
-        "radius_negative",
-        lambda: dm.newton_schulz_lmo(radius=-1),
-        ValueError,
-        "radius must be positive and finite, got -1",
-    ),
-    error(
-        "momentum_is_a_number_out_of_range",
-        lambda: drop_muon(momentum=1.0),
-        ValueError,
-        "decay is the weight of the past and must lie in [0, 1), got 1.0",
-    ),
-    error(
-        "momentum_is_a_list",
-        lambda: drop_muon(momentum=[dm.momentum()]),
-        TypeError,
-        "momentum must be an optax.GradientTransformation, got a list",
-    ),
-    error(
-        "momentum_is_not_called",
-        lambda: drop_muon(momentum=dm.momentum),
-        TypeError,
-        "decay is a function that makes a transformation: call it",
-    ),
-    error(
-        "per_layer_with_swapped_arguments",
-        lambda: dm.per_layer(LAYERS, optax.adam(0.1)),
-        TypeError,
-        "inner must be an optax.GradientTransformation, got a Layers",
-    ),
-    error(
-        "per_layer_without_layers",
-        lambda: dm.per_layer(optax.adam(0.1), ["stem"]),
-        TypeError,
-        "layers must be made by layers_by_path or trace_layers, got a list",
-    ),
-    error(
-        "sampler_of_parameters",
-        lambda: dm.layer_mask_sampler(PARAMS, UNIFORM, seed=0),
-        TypeError,
-        "layers must be made by layers_by_path or trace_layers, got a dict",
-    ),
-    error(
-        "subtree_of_a_number",
-        lambda: dm.chain_subtrees({"matrix": 0.1}, "matrix"),
-        TypeError,
-        "transforms['matrix'] must be an optax.GradientTransformation, got 0.1",
-    ),
-    error(
-        "switch_over_layers",
-        lambda: dm.switch_depth(gradients, LAYERS),
-        TypeError,
-        "sampler must be a DepthSampler, got a Layers",
-        "dm.DepthSampler(layers, dm.uniform_depth(), seed=0)",
-    ),
-    error(
-        "switch_over_the_link_of_a_chain",
-        lambda: dm.switch_depth(gradients, LINK),
-        TypeError,
-        "sampler must be a DepthSampler, got a LayerMaskSampler",
-        "Give its attribute, sampler.draws",
-    ),
-    error(
-        "record_of_no_transformation",
-        lambda: dm.record_gains(0.1, ADAPTIVE_SAMPLER),
-        TypeError,
-        "inner must be an optax.GradientTransformation, got 0.1",
-    ),
-    error(
-        "record_for_a_distribution_that_needs_none",
-        lambda: dm.record_gains(drop_muon(), SAMPLER),
-        TypeError,
-        "sampler must be a DepthSampler with an AdaptiveDistribution",
-        "got a DepthSampler with a LayerDistribution",
-        "Other distributions need no record",
-    ),
-    error(
-        "mask_not_cut_by_optax",
-        lambda: updated(optax.masked(dm.momentum(), LAYERS.mask(1)), layer_mask=LAYERS.mask(0)),
-        ValueError,
-        "layer_mask has another structure",
-        "dm.chain_subtrees",
-        "mask_compatible_extra_args=True",
-    ),
-    error(
-        "seed_too_large",
-        lambda: dm.layer_mask_sampler(LAYERS, UNIFORM, seed=2**64),
-        ValueError,
-        "seed must be below 2^64",
-    ),
-    error("step_too_large", lambda: SAMPLER.depth(2**31), ValueError, "step must be at most"),
-    error(
-        "probabilities_go_wrong_later",
-        lambda: sampler(
-            dm.LayerDistribution(
-                dm.sampling.depth_subsets, lambda k, b: jnp.array([1.0, 0.0, 0.0]) - 0.01 * k
-            ),
-            seed=0,
-        ).depth(7),
-        ValueError,
-        "probabilities must not be negative",
-        "at step 1",
-    ),
-    error(
-        "probabilities_branch_in_python",
-        lambda: sampler(
-            dm.LayerDistribution(
-                dm.sampling.depth_subsets, lambda k, b: jnp.eye(b)[0] if k < 9 else jnp.eye(b)[1]
-            ),
-            seed=0,
-        ),
-        TypeError,
-        "jnp.where(step < n",
-    ),
-    error(
-        "subsets_of_numbers",
-        lambda: sampler(
-            dm.LayerDistribution(lambda b: np.eye(b), lambda k, b: jnp.full(b, 1 / b)), seed=0
-        ),
-        TypeError,
-        "subsets of the distribution must be booleans, got float64",
-    ),
-    error(
-        "radius_not_scalar",
-        lambda: dm.newton_schulz_lmo(jnp.array([1.0, 2.0])),
-        ValueError,
-        "radius must be one number, got an array of shape (2,)",
-    ),
-    error(
-        "matrix_of_integers",
-        lambda: dm.newton_schulz_lmo().init({"steps": jnp.ones((2, 2), int)}),
-        TypeError,
-        "params must be trainable floating-point arrays, and leaf 'steps' is an array of int32",
-    ),
-    error(
-        "momentum_of_integers",
-        lambda: dm.momentum(dtype=jnp.int32),
-        TypeError,
-        "dtype must be of a floating-point dtype, got int32",
-    ),
-    error(
-        "labels_of_several_types",
-        lambda: dm.chain_subtrees({"a": optax.identity(), 0: optax.identity()}, "b").init(PARAMS),
-        ValueError,
-        "Leaf 'head/bias' has the label 'b'",
-    ),
-    error("radius_nan", lambda: dm.newton_schulz_lmo(float("nan")), ValueError, "radius", "nan"),
-    error(
-        "num_steps_zero",
-        lambda: dm.newton_schulz_lmo(num_steps=0),
-        ValueError,
-        "num_steps must be at least 1, got 0",
-    ),
-    error(
-        "num_steps_injected",
-        lambda: optax.inject_hyperparams(dm.newton_schulz_lmo)(num_steps=5).init(KERNELS),
-        TypeError,
-        "num_steps must be a Python integer",
-        "static_args",
-    ),
-    error(
-        "num_steps_unlike_the_number_of_coefficients",
-        lambda: dm.newton_schulz_lmo(coefficients=[(2.0, -1.5, 0.5)], num_steps=5),
-        ValueError,
-        "num_steps is 5, but the number of coefficients (a, b, c) is 1",
-        "leave num_steps out",
-    ),
-    error(
-        "coefficients_unknown",
-        lambda: dm.newton_schulz_lmo(coefficients="polar_expres"),
-        ValueError,
-        "coefficients must be one of ['dion', 'muon', 'polar_express', 'turbo_muon']",
-        "Did you mean 'polar_express'?",
-    ),
-    error(
-        "coefficients_of_words",
-        lambda: dm.newton_schulz_lmo(coefficients=[("a", "b", "c")]),  # pyright: ignore[reportArgumentType]
-        ValueError,
-        "coefficients must be a name or triples of finite numbers (a, b, c)",
-        "got [('a', 'b', 'c')]",
-    ),
-    error(
-        "coefficients_in_a_jax_array",
-        lambda: dm.orthogonalize.newton_schulz(jnp.eye(3)),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "coefficients are static",
-        "dm.orthogonalize.newton_schulz()(x)",
-    ),
-    error(
-        "kernel_of_a_tree",
-        lambda: dm.orthogonalize.newton_schulz()({"w": jnp.eye(3)}),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "newton_schulz orthogonalizes an array, got a dict",
-        "newton_schulz_lmo",
-    ),
-    error(
-        "kernel_not_made",
-        lambda: drop_muon(orthogonalize=dm.orthogonalize.newton_schulz),
-        TypeError,
-        "such as dm.orthogonalize.newton_schulz() with its parentheses",
-    ),
-    error(
-        "lmo_in_place_of_a_kernel",
-        lambda: dm.muon(0.1, lmo=dm.newton_schulz_lmo()),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        "muon() has no argument 'lmo': say orthogonalize=",
-        "dm.scion",
-    ),
-    error(
-        "kernel_in_place_of_a_transformation",
-        lambda: dm.chain_subtrees({"matrix": dm.orthogonalize.newton_schulz()}, "matrix"),
-        TypeError,
-        "transforms['matrix'] must be an optax.GradientTransformation",
-        "a function that orthogonalizes matrices goes into dm.norms.spectral_norm",
-    ),
-    error(
-        "kernel_returns_nothing",
-        lambda: lmo(dm.norms.spectral_norm(orthogonalize=lambda x: None)).update(
-            KERNELS, optax.EmptyState()
-        ),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "The orthogonalize function must return an array of the shape it is given",
-        "returned None",
-    ),
-    error(
-        "memory_limit_injected",
-        lambda: optax.inject_hyperparams(dm.newton_schulz_lmo)(memory_limit=10**6).init(KERNELS),
-        TypeError,
-        "memory_limit must be a Python integer, got an array",
-        "name it in static_args",
-    ),
-    error(
-        "dimension_numbers_of_tuples",
-        lambda: dm.newton_schulz_lmo(dimension_numbers={"stem": (0, 1)}).init(KERNELS),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "dimension_numbers of leaf 'stem/kernel' must be an optax.contrib.MuonDimensionNumbers, ",
-        "'in_out' or 'out_in', got (0, 1)",
-    ),
-    error(
-        "preconditioning_unknown",
-        lambda: dm.newton_schulz_lmo(preconditioning="schaten"),
-        ValueError,
-        "preconditioning must be one of ['aol', 'frobenius', 'schatten']",
-        "Did you mean 'schatten'?",
-    ),
-    error(
-        "iteration_in_integers",
-        lambda: dm.newton_schulz_lmo(dtype=jnp.int8),
-        ValueError,
-        "dtype must be one of ['float32', 'bfloat16', 'float16'], got 'int8'",
-    ),
-    error(
-        "iteration_in_no_dtype",
-        lambda: dm.newton_schulz_lmo(dtype="bf16"),
-        TypeError,
-        "dtype must be one of ['float32', 'bfloat16', 'float16'], got 'bf16'",
-    ),
-    error(
-        "precision_unknown",
-        lambda: dm.newton_schulz_lmo(precision="hihgest"),
-        ValueError,
-        "precision must be one of ['default', 'high', 'highest']",
-        "Did you mean 'highest'?",
-    ),
-    error(
-        "float16_overflows",
-        lambda: dm.newton_schulz_lmo(coefficients=[(30.0, 0.0, 0.0)] * 4, dtype=jnp.float16),
-        ValueError,
-        "overflows in float16",
-        "dtype=jnp.bfloat16",
-    ),
-    error(
-        "float16_from_aol",
-        lambda: dm.newton_schulz_lmo(coefficients="turbo_muon", dtype=jnp.float16),
-        ValueError,
-        'preconditioning="aol" divides each row',
-        "another preconditioning",
-    ),
-    error(
-        "memory_limit_zero",
-        lambda: dm.newton_schulz_lmo(memory_limit=0),
-        ValueError,
-        "memory_limit must be at least 1, got 0",
-    ),
-    error(
-        "memory_limit_no_integer",
-        lambda: dm.newton_schulz_lmo(memory_limit=1e9),
-        TypeError,
-        "memory_limit must be a Python integer, got 1000000000.0. It is in bytes",
-    ),
-    error(
-        "memory_limit_below_one_matrix",
-        lambda: dm.newton_schulz_lmo(memory_limit=1000).init({"big": {"w": jnp.ones((64, 32))}}),
-        ValueError,
-        "memory_limit is 1,000 bytes",
-        "leaf 'big/w', 64×32, needs 36,864",
-    ),
-    error(
-        "kernel_not_callable",
-        lambda: drop_muon(orthogonalize="svd"),
-        TypeError,
-        "orthogonalize must be a function",
-        "dm.orthogonalize.newton_schulz()",
-    ),
-    error(
-        "kernel_changes_the_shape",
-        lambda: lmo(dm.norms.spectral_norm(orthogonalize=lambda x: x @ x.mT)).update(
-            KERNELS, optax.EmptyState()
-        ),
-        ValueError,
-        "The orthogonalize function was given float32[",
-        "shape and dtype must stay",
-    ),
-    error(
-        "kernel_of_integers",
-        lambda: dm.orthogonalize.newton_schulz()(jnp.ones((2, 3), int)),
-        TypeError,
-        "must be of a floating-point dtype",
-    ),
-    error(
-        "kernel_of_a_vector",
-        lambda: dm.orthogonalize.newton_schulz()(jnp.ones(3)),
-        ValueError,
-        "must have shape (*batch, rows, cols), got (3,)",
-    ),
-    error(
-        "smallest_singular_value_zero",
-        lambda: dm.orthogonalize.polar_express_coefficients(5, smallest=0.0),
-        ValueError,
-        "smallest must lie in (0, 1), got 0.0",
-    ),
-    error(
-        "cushion_one",
-        lambda: dm.orthogonalize.polar_express_coefficients(5, cushion=1.0),
-        ValueError,
-        "cushion must lie in [0, 1), got 1.0",
-    ),
-    error(
-        "ease_below_one",
-        lambda: dm.orthogonalize.polar_express_coefficients(5, ease=0.99),
-        ValueError,
-        "ease must be at least 1, got 0.99",
-    ),
-    error(
-        "no_coefficients",
-        lambda: dm.orthogonalize.polar_express_coefficients(0),
-        ValueError,
-        "num_steps must be at least 1, got 0",
-    ),
-    error(
-        "coefficients_of_wrong_shape",
-        lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5)]),
-        ValueError,
-        "coefficients must be a name or triples of finite numbers (a, b, c)",
-        "got [(1.5, -0.5)]",
-    ),
-    error(
-        "coefficients_of_one_step_without_brackets",
-        lambda: dm.newton_schulz_lmo(coefficients=(1.5, -0.5, 0.0)),  # pyright: ignore[reportArgumentType]
-        ValueError,
-        "coefficients must be a name or triples of finite numbers (a, b, c)",
-        "[(a, b, c)] * num_steps",
-    ),
-    error(
-        "coefficients_empty",
-        lambda: dm.newton_schulz_lmo(coefficients=[]),
-        ValueError,
-        "coefficients must be a name or triples of finite numbers",
-        "got []",
-    ),
-    error(
-        "coefficients_infinite",
-        lambda: dm.newton_schulz_lmo(coefficients=[(1.5, -0.5, float("inf"))]),
-        ValueError,
-        "coefficients must be a name or triples of finite numbers",
-    ),
-    error(
-        "shape_factor_unknown",
-        lambda: dm.newton_schulz_lmo(shape_factor="moonligth"),
-        ValueError,
-        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'scion', 'spectral']",
-        "Did you mean 'moonlight'?",
-    ),
-]
-
-NORM_ERRORS = [
-    error(
-        "norm_not_called",
-        lambda: dm.norm_lmo(dm.norms.sign_norm),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "norm must be a dm.norms.Norm, got a function. Call it",
-    ),
-    error(
-        "norm_that_is_a_name",
-        lambda: dm.transforms.norm_sharp("sign"),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "norm must be a dm.norms.Norm, got 'sign'",
-    ),
-    error(
-        "norm_that_is_a_radius",
-        lambda: dm.norm_lmo(0.3),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "norm must be a dm.norms.Norm, got 0.3",
-    ),
-    error(
-        "norm_of_a_tree",
-        lambda: dm.norms.sign_norm().argmin(KERNELS),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "A norm takes one array, got a dict",
-        "jax.tree.map",
-    ),
-    error(
-        "norm_of_a_list",
-        lambda: dm.norms.rms_norm().norm([1.0, 2.0]),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "A norm takes one array, got a list",
-    ),
-    error(
-        "norm_with_an_unknown_shape_factor",
-        lambda: dm.norms.Norm("mine", dm.norms.sign_norm().geometry, "none"),
-        ValueError,
-        "shape_factor must be one of",
-        "'one'",
-        "got 'none'",
-    ),
-    error(
-        "radius_is_the_maker_of_a_schedule",
-        lambda: lmo(dm.norms.sign_norm(), dm.schedules.gluon_radius),
-        TypeError,
-        "radius is dm.schedules.gluon_radius itself: call it",
-    ),
-    error(
-        "decay_is_the_maker_of_a_schedule",
-        lambda: dm.momentum(dm.schedules.gluon_decay),
-        TypeError,
-        "decay is dm.schedules.gluon_decay itself: call it",
-    ),
-    error(
-        "schedule_that_returns_an_array",
-        lambda: updated(lmo(dm.norms.sign_norm(), lambda count: jnp.ones(3)), KERNELS),
-        ValueError,
-        "A schedule must return one number",
-        "radius",
-        "(3,)",
-    ),
-    error(
-        "dimension_numbers_of_whole_leaves",
-        lambda: lmo(dm.norms.rms_norm(), dimension_numbers="in_out").init(KERNELS),
-        ValueError,
-        "rms_norm() is of whole leaves",
-        "leave out dimension_numbers",
-    ),
-    error(
-        "norm_of_matrices_of_a_vector",
-        lambda: dm.norms.column_norm().dual_norm(jnp.ones(3)),
-        ValueError,
-        "is of matrices (in, out)",
-        "shape (3,)",
-    ),
-    error(
-        "norm_of_integers",
-        lambda: dm.norms.euclidean_norm().direction(jnp.ones(3, int)),
-        TypeError,
-        "must be of a floating-point dtype, got int32",
-    ),
-    error(
-        "random_array_of_integers",
-        lambda: dm.norms.sign_norm().init(jax.random.key(0), (3, 2), jnp.int32),
-        TypeError,
-        "dtype must be of a floating-point dtype, got int32",
-    ),
-    error(
-        "random_vector_of_a_norm_of_matrices",
-        lambda: dm.norms.spectral_norm().init(jax.random.key(0), (3,)),
-        ValueError,
-        "is of matrices (in, out)",
-        "shape (3,)",
-    ),
-    error(
-        "initializer_with_radius_zero",
-        lambda: dm.norms.sign_norm().initializer(0),
-        ValueError,
-        "radius must be positive and finite, got 0",
-    ),
-    error(
-        "spectral_norm_with_unknown_shape_factor",
-        lambda: dm.norms.spectral_norm("scoin"),
-        ValueError,
-        "shape_factor must be one of ['moonlight', 'muon', 'rms_to_rms', 'scion', 'spectral']",
-        "Did you mean 'scion'?",
-    ),
-    error(
-        "spectral_norm_of_a_kernel_not_made",
-        lambda: dm.norms.spectral_norm(orthogonalize=dm.orthogonalize.newton_schulz),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "such as dm.orthogonalize.newton_schulz() with its parentheses",
-    ),
-    error(
-        "spectral_norm_of_a_kernel_that_is_a_name",
-        lambda: dm.norms.spectral_norm(orthogonalize="svd"),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "orthogonalize must be a function",
-        "got 'svd'",
-    ),
-    error(
-        "vector_of_column_lmo",
-        lambda: lmo(dm.norms.column_norm()).init(PARAMS),
-        ValueError,
-        "needs matrices, and leaf 'head/bias' has shape (2,)",
-        "dm.chain_subtrees",
-    ),
-    error(
-        "scalar_of_row_sharp",
-        lambda: sharp(dm.norms.row_norm()).init({"temperature": jnp.ones(())}),
-        ValueError,
-        "leaf 'temperature' has shape ()",
-    ),
-    error(
-        "three_axes_of_sign_lmo",
-        lambda: lmo(dm.norms.sign_norm()).init({"conv": {"kernel": jnp.ones((3, 2, 4))}}),
-        ValueError,
-        "leaf 'conv/kernel', of shape (3, 2, 4)",
-        "dimension_numbers={'conv/kernel'",
-        "for a convolution, with 'in_out'",
-    ),
-    error(
-        "five_axes_of_row_lmo",
-        lambda: lmo(dm.norms.row_norm()).init({"conv": {"kernel": jnp.ones((2, 2, 2, 3, 4))}}),
-        ValueError,
-        "leaf 'conv/kernel', of shape (2, 2, 2, 3, 4)",
-        "for a convolution, with 'in_out'",
-    ),
-    error(
-        "dimension_numbers_of_an_unknown_name",
-        lambda: lmo(dm.norms.sign_norm(), dimension_numbers="in-out"),
-        ValueError,
-        "dimension_numbers must be one of ['in_out', 'out_in'], got 'in-out'",
-        "Did you mean 'in_out'?",
-    ),
-    error(
-        "dimension_numbers_of_an_unknown_name_by_pattern",
-        lambda: lmo(dm.norms.row_norm(), dimension_numbers={"stem": "out-in"}).init(KERNELS),
-        ValueError,
-        "dimension_numbers of leaf 'stem/kernel' must be one of ['in_out', 'out_in'], got 'out-in'",
-        "Did you mean 'out_in'?",
-    ),
-    error(
-        "integers_in_norm_lmo",
-        lambda: lmo(dm.norms.rms_norm()).init({"count": jnp.ones(3, int)}),
-        TypeError,
-        "leaf 'count' is an array of int32",
-    ),
-]
-
-RADIUS_ERRORS = [
-    error(
-        "radius_of_norm_lmo_negative",
-        lambda: lmo(dm.norms.sign_norm(), -1.0),
-        ValueError,
-        "radius must be positive and finite, got -1.0",
-    ),
-    error(
-        "radius_of_norm_lmo_zero",
-        lambda: lmo(dm.norms.rms_norm(), 0),
-        ValueError,
-        "radius must be positive and finite, got 0",
-    ),
-    error(
-        "radius_of_norm_lmo_a_string",
-        lambda: lmo(dm.norms.sign_norm(), "0.1"),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "radius must be a number or a scalar array, got '0.1'",
-    ),
-    error(
-        "step_size_negative",
-        lambda: sharp(dm.norms.sign_norm(), -0.5),
-        ValueError,
-        "step_size must be positive and finite, got -0.5",
-    ),
-    error(
-        "step_size_infinite",
-        lambda: sharp(dm.norms.spectral_norm(), float("inf")),
-        ValueError,
-        "step_size must be positive and finite, got inf",
-    ),
-    error(
-        "step_size_adaptive",
-        lambda: sharp(dm.norms.spectral_norm(), dm.schedules.adaptive_radius(1.0)),
-        TypeError,
-        "step_size multiplies the dual norm already",
-        "dm.newton_schulz_lmo(dm.schedules.adaptive_radius(l0, l1))",
-    ),
-    error(
-        "step_size_adaptive_by_pattern",
-        lambda: sharp(
-            dm.norms.rms_norm(), {"stem": 1.0, "head": dm.schedules.adaptive_radius(1.0)}
-        ),
-        TypeError,
-        "step_size multiplies the dual norm already",
-    ),
-    error(
-        "radius_mapping_empty",
-        lambda: lmo(dm.norms.rms_norm(), {}),
-        ValueError,
-        "radius is an empty mapping",
-        "give a number, or a pattern for each",
-    ),
-    error(
-        "radius_pattern_without_match",
-        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "mit": 1.0, "head": 1.0}).init(PARAMS),
-        ValueError,
-        "radius: pattern 'mit' matches no leaf",
-        "Did you mean 'mid'?",
-    ),
-    error(
-        "radius_leaf_that_matches_twice",
-        lambda: lmo(
-            dm.norms.rms_norm(), {"stem": 1.0, "mid": 1.0, "head": 1.0, "mid/bias": 2.0}
-        ).init(PARAMS),
-        ValueError,
-        "radius: leaf 'mid/bias' matches both 'mid' and 'mid/bias'",
-    ),
-    error(
-        "radius_leaf_without_pattern",
-        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "head": 1.0}).init(PARAMS),
-        ValueError,
-        "radius has no pattern for ['mid/bias', 'mid/kernel']",
-        "every leaf needs one",
-        "['stem', 'head']",
-    ),
-    error(
-        "step_size_leaf_without_pattern",
-        lambda: sharp(dm.norms.rms_norm(), {"stem": 1.0, "head": 1.0}).init(PARAMS),
-        ValueError,
-        "step_size has no pattern for ['mid/bias', 'mid/kernel']",
-    ),
-    error(
-        "radius_mapping_nested",
-        lambda: lmo(dm.norms.rms_norm(), {"stem": {"kernel": 1.0}}),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "radius['stem'] is a mapping again; write one pattern of both",
-    ),
-    error(
-        "radius_pattern_that_is_no_string",
-        lambda: lmo(dm.norms.rms_norm(), {0: 1.0}),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "radius",
-        "patterns, which are strings",
-        "0",
-    ),
-    error(
-        "radius_negative_by_pattern",
-        lambda: lmo(dm.norms.rms_norm(), {"stem": 1.0, "head": -1.0}),
-        ValueError,
-        "radius['head'] must be positive and finite, got -1.0",
-    ),
-    error(
-        "radius_no_number_by_pattern",
-        lambda: lmo(dm.norms.rms_norm(), {"stem": None}),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "radius['stem'] must be a number or a scalar array, got None",
-    ),
-    error(
-        "adaptive_radius_with_negative_l0",
-        lambda: dm.schedules.adaptive_radius(-1.0),
-        ValueError,
-        "l0 must be at least 0 and finite, got -1.0",
-    ),
-    error(
-        "adaptive_radius_with_negative_l1",
-        lambda: dm.schedules.adaptive_radius(1.0, -2.0),
-        ValueError,
-        "l1 must be at least 0 and finite, got -2.0",
-    ),
-    error(
-        "adaptive_radius_of_zeros",
-        lambda: dm.schedules.adaptive_radius(0, 0.0),
-        ValueError,
-        "l0 and l1 are both 0, which makes the radius infinite",
-    ),
-    error(
-        "adaptive_radius_of_words",
-        lambda: dm.schedules.adaptive_radius("1"),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "l0 must be a number or a scalar array, got '1'",
-    ),
-    error(
-        "gluon_radius_negative",
-        lambda: dm.schedules.gluon_radius(-1),
-        ValueError,
-        "radius must be positive and finite, got -1",
-    ),
-]
-
-MOMENTUM_ERRORS = [
-    error(
-        "without_the_second_gradient",
-        lambda: updated(dm.mvr_momentum()),
-        TypeError,
-        "mvr_momentum needs the extra argument 'prev_params_grads'",
-        "dm.masked_value_and_grad_pair",
-    ),
-    error(
-        "without_the_second_gradient_in_muon",
-        lambda: updated(dm.muon(0.1, momentum=dm.mvr_momentum())),
-        TypeError,
-        "needs the extra argument 'prev_params_grads'",
-    ),
-    *(
-        error(
-            f"the_last_steps_gradient_as_{name}",
-            lambda name=name: updated(dm.mvr_momentum(), **{name: PARAMS}),
-            TypeError,
-            f"update() got '{name}'",
-            "gradient of the last step, on another batch",
-            "prev_params_grads",
-            "dm.transforms.mars_momentum",
-        )
-        for name in ("prev_grads", "last_gradient", "grads_prev", "old_step_grads", "g_prev")
-    ),
-    error(
-        "second_gradient_misspelt",
-        lambda: updated(dm.mvr_momentum(), prev_param_grads=PARAMS),
-        TypeError,
-        "update() got 'prev_param_grads'. Did you mean 'prev_params_grads'?",
-    ),
-    error(
-        "second_gradient_of_another_structure",
-        lambda: updated(dm.mvr_momentum(), prev_params_grads=KERNELS),
-        ValueError,
-        "prev_params_grads must have the leaves of the gradients",
-        "'head/bias' is missing",
-    ),
-    error(
-        "second_gradient_of_another_structure_in_muon",
-        lambda: updated(
-            dm.muon(0.1, momentum=dm.mvr_momentum()), prev_params_grads={**PARAMS, "tail": 0.0}
-        ),
-        ValueError,
-        "prev_params_grads must have the leaves of the gradients",
-        "'tail' is only in prev_params_grads",
-    ),
-    error(
-        "second_gradient_of_another_shape",
-        lambda: updated(
-            dm.mvr_momentum(),
-            prev_params_grads=jax.tree.map(lambda leaf: leaf[None], PARAMS),
-        ),
-        ValueError,
-        "prev_params_grads has shape (1, 2) at 'head/bias', where the gradients have (2,)",
-    ),
-    error(
-        "mvr_without_params",
-        lambda: dm.mvr_momentum().update(
-            PARAMS, dm.mvr_momentum().init(PARAMS), prev_params_grads=PARAMS
-        ),
-        ValueError,
-        "mvr_momentum keeps the parameters: pass them to update",
-    ),
-    error(
-        "keep_prev_params_without_params",
-        lambda: dm.transforms.keep_prev_params().update(
-            PARAMS, dm.transforms.keep_prev_params().init(PARAMS)
-        ),
-        ValueError,
-        "keep_prev_params keeps the parameters: pass them to update",
-    ),
-    error("variant_4", lambda: dm.mvr_momentum(variant=4), ValueError, "variant must be 1, 2 or 3"),
-    error("variant_0", lambda: dm.mvr_momentum(variant=0), ValueError, "variant must be at least"),
-    error(
-        "variant_injected",
-        lambda: dm.mvr_momentum(variant=jnp.array(2)),
-        TypeError,
-        "variant must be a Python integer, got an array",
-        "static_args",
-    ),
-    error(
-        "q_for_variant_1",
-        lambda: dm.mvr_momentum(q=0.5),
-        ValueError,
-        "variant 1 has no q",
-        "variant=2 or 3",
-    ),
-    *(
-        error(
-            f"q_of_{q}",
-            lambda q=q: dm.mvr_momentum(variant=2, q=q),
-            ValueError,
-            "q is the weight of the new gradient",
-            f"in (0, 1], got {q}",
-        )
-        for q in (0.0, 1.5, -0.5)
-    ),
-    error(
-        "q_schedule_not_called",
-        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_q),
-        TypeError,
-        "q is dm.schedules.mvr_q itself: call it",
-    ),
-    error(
-        "q_is_another_schedule_not_called",
-        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_decay),
-        TypeError,
-        "q is dm.schedules.mvr_decay itself: call it",
-    ),
-    error(
-        "rate_schedule_not_called",
-        lambda: dm.muon(dm.schedules.star_convex_rate, momentum=dm.mvr_momentum()),
-        TypeError,
-        "learning_rate is dm.schedules.star_convex_rate itself: call it",
-    ),
-    error(
-        "second_gradient_in_masked",
-        lambda: updated(optax.masked(dm.mvr_momentum(), LAYERS.mask(1)), prev_params_grads=PARAMS),
-        ValueError,
-        "prev_params_grads must have the leaves of the gradients",
-        "mask_compatible_extra_args=True",
-    ),
-    error(
-        "second_gradient_in_other_containers",
-        lambda: dm.mvr_momentum().update(
-            [jnp.ones(2)],
-            dm.mvr_momentum().init([jnp.ones(2)]),
-            [jnp.ones(2)],
-            prev_params_grads={"0": jnp.ones(2)},
-        ),
-        ValueError,
-        "prev_params_grads must have the leaves of the gradients: the containers differ",
-    ),
-    error(
-        "second_gradient_of_another_structure_in_per_layer",
-        lambda: updated(dm.per_layer(optax.sgd(1.0), LAYERS), prev_params_grads=KERNELS),
-        ValueError,
-        "prev_params_grads must have the leaves of the gradients",
-        "'head/bias' is missing",
-    ),
-    error(
-        "mvr_in_per_layer",
-        lambda: dm.per_layer(dm.mvr_momentum(), LAYERS).init(PARAMS),
-        ValueError,
-        "mvr_momentum looks at the layer mask itself",
-        "leave per_layer out",
-    ),
-    error(
-        "injected_dtype",
-        lambda: optax.inject_hyperparams(dm.mvr_momentum, static_args="variant")(
-            prev_params_dtype=jnp.bfloat16
-        ).init(PARAMS),
-        TypeError,
-        "prev_params_dtype must be a dtype, got an array",
-        "static_args",
-    ),
-    error(
-        "params_of_another_shape_than_the_state",
-        lambda: dm.mvr_momentum().update(
-            PARAMS,
-            dm.mvr_momentum().init(PARAMS),
-            jax.tree.map(lambda leaf: leaf[None], PARAMS),
-            prev_params_grads=PARAMS,
-        ),
-        ValueError,
-        "params has shape (1, 2) at 'head/bias', where the state have (2,)",
-    ),
-    error(
-        "previous_parameters_of_another_shape",
-        lambda: dm.prev_params(
-            dm.mvr_momentum().init(PARAMS), jax.tree.map(lambda leaf: leaf[None], PARAMS)
-        ),
-        ValueError,
-        "opt_state's params has shape (2,) at 'head/bias', where the parameters have (1, 2)",
-    ),
-    error(
-        "previous_parameters_kept_twice",
-        lambda: dm.prev_params(
-            optax.chain(dm.transforms.keep_prev_params(), dm.mvr_momentum()).init(PARAMS), PARAMS
-        ),
-        ValueError,
-        "opt_state keeps the previous parameters of 'head/bias' twice",
-    ),
-    error(
-        "decay_schedule_not_called",
-        lambda: dm.mvr_momentum(dm.schedules.mvr_decay),
-        TypeError,
-        "decay is dm.schedules.mvr_decay itself: call it",
-    ),
-    error("mvr_decay_of_one", lambda: dm.mvr_momentum(1.0), ValueError, "must lie in [0, 1)"),
-    error(
-        "mars_decay_of_one",
-        lambda: dm.transforms.mars_momentum(1.0),
-        ValueError,
-        "must lie in [0, 1)",
-    ),
-    error(
-        "start_unknown",
-        lambda: dm.mvr_momentum(start="zeros"),
-        ValueError,
-        "start must be one of ['gradient', 'zero'], got 'zeros'",
-        "Did you mean 'zero'?",
-    ),
-    error(
-        "on_reactivate_unknown",
-        lambda: dm.mvr_momentum(on_reactivate="reset"),
-        ValueError,
-        "on_reactivate must be one of ['correct', 'decay', 'restart'], got 'reset'",
-    ),
-    error(
-        "the_state_of_another_momentum",
-        lambda: dm.mvr_momentum().update(
-            PARAMS, dm.momentum().init(PARAMS), PARAMS, prev_params_grads=PARAMS
-        ),
-        TypeError,
-        "The state given to mvr_momentum is none of variant 1",
-        "tx.init(params)",
-    ),
-    error(
-        "the_state_of_another_variant",
-        lambda: dm.mvr_momentum(variant=2).update(
-            PARAMS, dm.mvr_momentum().init(PARAMS), PARAMS, prev_params_grads=PARAMS
-        ),
-        TypeError,
-        "none of variant 2",
-    ),
-    error(
-        "the_state_of_mvr_in_mars",
-        lambda: dm.transforms.mars_momentum().update(PARAMS, dm.mvr_momentum().init(PARAMS)),
-        TypeError,
-        "The state given to mars_momentum is that of another momentum",
-    ),
-    error(
-        "a_schedule_of_q_as_decay",
-        lambda: dm.mvr_momentum(dm.schedules.mvr_q()),
-        ValueError,
-        "decay is the weight of the past and must lie in [0, 1), got 1.0",
-    ),
-    error(
-        "a_schedule_of_decay_as_q",
-        lambda: dm.mvr_momentum(variant=2, q=dm.schedules.mvr_decay()),
-        ValueError,
-        "q is the weight of the new gradient",
-        "got 0.0",
-    ),
-    error(
-        "a_dtype_by_a_wrong_name",
-        lambda: dm.mvr_momentum(prev_params_dtype="bf16"),
-        TypeError,
-        "prev_params_dtype must be a dtype, such as jnp.bfloat16, got 'bf16'",
-    ),
-    error("mvr_dtype", lambda: dm.mvr_momentum(dtype=jnp.int32), TypeError, "dtype", "int32"),
-    error(
-        "prev_params_dtype",
-        lambda: dm.mvr_momentum(prev_params_dtype=jnp.int8),
-        TypeError,
-        "prev_params_dtype must be of a floating-point dtype, got int8",
-    ),
-    error(
-        "kept_dtype", lambda: dm.transforms.keep_prev_params(jnp.int8), TypeError, "dtype", "int8"
-    ),
-    error(
-        "gamma_negative",
-        lambda: dm.transforms.mars_momentum(gamma=-1.0),
-        ValueError,
-        "gamma",
-        "-1.0",
-    ),
-    error(
-        "max_norm_zero",
-        lambda: dm.transforms.mars_momentum(max_norm=0.0),
-        ValueError,
-        "max_norm",
-        "0.0",
-    ),
-    error(
-        "mars_dtype",
-        lambda: dm.transforms.mars_momentum(dtype=jnp.int32),
-        TypeError,
-        "dtype",
-        "int32",
-    ),
-    error(
-        "no_previous_parameters_at_all",
-        lambda: dm.prev_params(dm.momentum().init(PARAMS), PARAMS),
-        ValueError,
-        "opt_state keeps no previous parameters of 'head/bias'",
-        "Is there a dm.mvr_momentum in the optimizer",
-    ),
-    error(
-        "no_previous_parameters_of_a_leaf",
-        lambda: dm.prev_params(dm.mvr_momentum().init(KERNELS), PARAMS),
-        ValueError,
-        "opt_state keeps no previous parameters of 'head/bias'",
-        "dm.transforms.keep_prev_params()",
-    ),
-    error(
-        "previous_parameters_under_accumulation",
-        lambda: dm.prev_params(
-            (optax.MultiSteps(dm.muon(0.1, momentum=dm.mvr_momentum()), 2).init(PARAMS),), PARAMS
-        ),
-        ValueError,
-        "optax.MultiSteps averages the gradients of its micro-batches, and not prev_params_grads",
-        "average both gradients",
-    ),
-    error(
-        "a_pair_without_a_mask",
-        lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, PARAMS),
-        TypeError,
-        "The keyword argument 'layer_mask' is missing",
-        "layer_mask=None for all layers",
-    ),
-    error(
-        "a_pair_with_a_mask_of_another_structure",
-        lambda: dm.masked_value_and_grad_pair(loss_fn)(
-            PARAMS, PARAMS, layer_mask=dm.layers_by_path(KERNELS, ["stem", "mid", "head"]).mask(0)
-        ),
-        ValueError,
-        "'head/bias' is missing from the mask",
-    ),
-    error(
-        "a_pair_with_other_previous_parameters",
-        lambda: dm.masked_value_and_grad_pair(loss_fn)(PARAMS, KERNELS, layer_mask=None),
-        ValueError,
-        "prev_params must have the leaves of the parameters",
-        "'head/bias' is missing",
-    ),
-    error(
-        "constrained_rate_above_one",
-        lambda: dm.scion(1.5, {"hidden": 3.0}, momentum=dm.mvr_momentum()),
-        ValueError,
-        "learning_rate",
-        "at most 1, got 1.5",
-    ),
-    error(
-        "ball_of_radius_zero",
-        lambda: dm.scion(0.2, {"hidden": 0.0}),
-        ValueError,
-        "radii['hidden'] must be positive and finite, got 0.0",
-    ),
-    error(
-        "radius_schedule",
-        lambda: dm.schedules.mvr_radius(0.0),
-        ValueError,
-        "radius must be positive",
-    ),
-    error(
-        "radius_schedule_not_called",
-        lambda: dm.gluon(dm.schedules.mvr_radius),
-        TypeError,
-        "learning_rate is dm.schedules.mvr_radius itself",
-    ),
-    *(
-        error(
-            f"{name}_with_mvr_and_a_mask",
-            lambda tx=tx: updated(tx, layer_mask=LAYERS.mask(0), prev_params_grads=PARAMS),
-            TypeError,
-            f"{name} updates every layer and takes no layer_mask or depth; use drop_{name}.",
-        )
-        for name, tx in (
-            ("gluon", dm.gluon(0.1, momentum=dm.mvr_momentum())),
-            (
-                "scion",
-                dm.scion(0.1, dict.fromkeys(dm.layers.ROLES, 3.0), momentum=dm.mvr_momentum()),
-            ),
-        )
-    ),
-]
-
-OPTIMIZER_ERRORS = [
-    error(
-        "decay_of_one",
-        lambda: dm.momentum(1.0),
-        ValueError,
-        "decay is the weight of the past and must lie in [0, 1), got 1.0",
-        "1 - decay",
-    ),
-    error("decay_negative", lambda: dm.momentum(-0.1), ValueError, "decay", "[0, 1), got -0.1"),
-    error("decay_nan", lambda: dm.momentum(float("nan")), ValueError, "decay", "got nan"),
-    error(
-        "learning_rate_negative",
-        lambda: drop_muon(-0.1),
-        ValueError,
-        "learning_rate must be at least 0 and finite, got -0.1",
-    ),
-    error(
-        "learning_rate_negative_in_muon",
-        lambda: dm.muon(-0.1),
-        ValueError,
-        "learning_rate must be at least 0 and finite, got -0.1",
-    ),
-    error(
-        "auxiliary_learning_rate_negative",
-        lambda: drop_muon(auxiliary_learning_rate=-0.1),
-        ValueError,
-        "auxiliary_learning_rate must be at least 0",
-    ),
-    error(
-        "weight_decay_negative",
-        lambda: drop_muon(weight_decay=-0.1),
-        ValueError,
-        "weight_decay must be at least 0",
-    ),
-    error(
-        "leaf_in_no_layer",
-        lambda: dm.per_layer(optax.sgd(0.1), LAYERS).init(PARAMS | {"tail": jnp.ones(2)}),
-        ValueError,
-        "Leaf 'tail' is in no layer",
-        "Make the layers from these parameters",
-    ),
-    error(
-        "auxiliary_leaf_in_no_layer_in_drop_muon",
-        lambda: drop_muon().init(PARAMS | {"tail": jnp.ones(2)}),
-        ValueError,
-        "Leaf 'tail' is in no layer",
-    ),
-    error(
-        "matrix_in_no_layer_in_drop_muon",
-        lambda: drop_muon().init(PARAMS | {"tail": jnp.ones((2, 2))}),
-        ValueError,
-        "Leaf 'tail' is in no layer",
-    ),
-    error(
-        "mask_that_splits_a_layer",
-        lambda: updated(dm.per_layer(optax.sgd(0.1), LAYERS), layer_mask=mask_that_splits("mid")),
-        ValueError,
-        "layer_mask is True at 'mid/kernel' and False at another leaf of layer mid",
-        "layers.mask or layers.subset",
-    ),
-    error(
-        "label_unknown",
-        lambda: dm.chain_subtrees(
-            {"matrix": optax.sgd(0.1), "vector": optax.sgd(0.1)},
-            {"stem": "matrix", "mid": {"kernel": "matrices", "bias": "vector"}, "head": "matrix"},
-        ).init(PARAMS),
-        ValueError,
-        "Leaf 'mid/kernel' has the label 'matrices'",
-        "['matrix', 'vector']",
-        "Did you mean 'matrix'?",
-    ),
-    error(
-        "step_of_multi_steps",
-        lambda: dm.train_step(loss_fn, optax.MultiSteps(drop_muon(), 2), SAMPLER),
-        TypeError,
-        "optimizer must be an optax.GradientTransformation, got a MultiSteps",
-        "Give optax.GradientTransformationExtraArgs(steps.init, steps.update)",
-    ),
-    error(
-        "no_transforms",
-        lambda: dm.chain_subtrees({}, {}),
-        ValueError,
-        "transforms is empty; give one transformation for each label",
-    ),
-    error(
-        "auxiliary_descends",
-        lambda: dm.check_optimizer(drop_muon(auxiliary=optax.adamw(1e-3)), PARAMS, LAYERS),
-        ValueError,
-        "Leaf 'head/bias' moves along its gradient: the optimizer climbs there",
-        "optax.scale_by_adam() in place of",
-        "auxiliary_learning_rate",
-    ),
-    error(
-        "momentum_descends",
-        lambda: dm.check_optimizer(dm.muon(0.1, momentum=optax.sgd(0.1)), PARAMS),
-        ValueError,
-        "Leaf 'head/kernel' moves along its gradient: the optimizer climbs there",
-    ),
-    error(
-        "no_learning_rate",
-        lambda: dm.check_optimizer(dm.momentum(), PARAMS),
-        ValueError,
-        "moves along its gradient",
-        "end a chain of your own with optax.scale_by_learning_rate(…)",
-    ),
-    error(
-        "frozen_parameters_that_move",
-        lambda: dm.check_optimizer(optax.chain(LINK, optax.adam(0.1)), PARAMS, LAYERS),
-        ValueError,
-        "moves in a step in which its layer is not active",
-        "dm.per_layer(…, layers), or before dm.layer_mask_sampler(layers, …)",
-    ),
-    error(
-        "frozen_state_that_moves",
-        lambda: dm.check_optimizer(optax.chain(optax.adam(0.1), LINK), PARAMS, LAYERS),
-        ValueError,
-        "The state",
-        "of leaf 'mid/bias' changes in a step in which its layer is not active",
-        "dm.per_layer(…, layers)",
-    ),
-]
-
-STACK = {"embed": jnp.ones((3, 4)), "blocks": {"w": jnp.ones((5, 4, 4)), "b": jnp.ones((5, 4))}}
-STACK_LAYERS = dm.layers_by_path(STACK, ["embed", dm.stacked("blocks")])
-
-
-def stack_layers(*patterns: Any, params: Any = STACK) -> Any:
-    return dm.layers_by_path(params, patterns)
+def check(optimizer: Any, layers: Any = None, params: Any = PARAMS) -> None:
+    dm.check_optimizer(optimizer, params, layers)
 
 
 def scan(xs: Any = STACK["blocks"], f: Any = None, init: Any = None, depth: Any = 0) -> Any:
@@ -1836,332 +133,566 @@ def scan(xs: Any = STACK["blocks"], f: Any = None, init: Any = None, depth: Any 
     return dm.scan_layers(f or layer, jnp.ones(4) if init is None else init, xs, depth=depth)
 
 
-STACK_ERRORS = [
-    error(
-        "stack_of_unequal_sizes",
-        lambda: stack_layers(
-            dm.stacked("*"), params={"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}
-        ),
-        ValueError,
-        "The leaves of the stack '*' need a leading axis of one size",
-        "'a' has shape (3, 2), and 'b' (4, 2)",
+# --- Hyper-parameters -----------------------------------------------------------------------------
+
+# From the name in the message to what takes the value.
+POSITIVE = {
+    "radius": (
+        *(newton_schulz_lmo, rms_lmo, schedules.gluon_radius, schedules.mvr_radius),
+        norms.sign_norm().initializer,
     ),
-    error(
-        "stack_with_a_scalar",
-        lambda: stack_layers(dm.stacked("*"), params={"a": jnp.ones((3, 2)), "b": jnp.ones(())}),
-        ValueError,
-        "'a' has shape (3, 2), and 'b' ()",
-        "A leaf that is not stacked belongs to a layer of its own",
-    ),
-    error(
-        "stack_of_an_empty_axis",
-        lambda: stack_layers(dm.stacked("*"), params={"a": jnp.ones((0, 2))}),
-        ValueError,
-        "need a leading axis of one size, an entry for each layer",
-    ),
-    error(
-        "stack_misspelt",
-        lambda: stack_layers("embed", dm.stacked("block")),
-        ValueError,
-        "Pattern 'block' matches no leaf. Did you mean 'blocks'?",
-    ),
-    error("stack_without_patterns", lambda: dm.stacked(), TypeError, "nonempty string patterns"),
-    error("stack_of_a_number", lambda: dm.stacked(3), TypeError, "nonempty string patterns"),
-    error(
-        "stack_as_the_patterns",
-        lambda: dm.layers_by_path(STACK, dm.stacked("blocks")),
-        TypeError,
-        "patterns must be a sequence with a pattern for each layer",
-    ),
-    error(
-        "depth_of_a_stack_unknown",
-        lambda: STACK_LAYERS.stack_depth(1, "block"),
-        ValueError,
-        "stack must be one of ['blocks'], got 'block'",
-        "Did you mean 'blocks'?",
-    ),
-    error(
-        "depth_of_one_of_several_stacks",
-        lambda: stack_layers(
-            dm.stacked("a"), dm.stacked("b"), params={"a": jnp.ones((2, 1)), "b": jnp.ones((2, 1))}
-        ).stack_depth(1),
-        ValueError,
-        "There are several stacks, ['a', 'b']: say which, stack='a'",
-    ),
-    error(
-        "depth_of_no_stack",
-        lambda: LAYERS.stack_depth(1),
-        ValueError,
-        "stack_depth needs stacked layers, and there are none",
-        "dm.stacked",
-    ),
-    error(
-        "depth_of_a_stack_out_of_range",
-        lambda: STACK_LAYERS.stack_depth(6),
-        ValueError,
-        "depth must be at most 5, with 6 layers, got 6",
-    ),
-    error(
-        "depth_of_a_mask_is_a_float",
-        lambda: STACK_LAYERS.mask(jnp.ones(())),
-        TypeError,
-        "depth must be one integer, got an array of float32[]",
-    ),
-    error(
-        "depth_of_a_mask_is_a_vector",
-        lambda: traced(STACK_LAYERS.mask, jnp.arange(2)),
-        TypeError,
-        "depth must be one integer, got an array of int32[2]",
-    ),
-    error(
-        "mask_of_another_stack",
-        lambda: updated(
-            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
-            STACK,
-            layer_mask={"embed": True, "blocks": {"w": np.ones(4, bool), "b": np.ones(4, bool)}},
-        ),
-        ValueError,
-        "layer_mask has shape (4,) at 'blocks/b', and the leaf (5, 4)",
-        "one boolean for each layer of the stack",
-    ),
-    error(
-        "mask_of_numbers_for_rows",
-        lambda: updated(
-            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
-            STACK,
-            layer_mask={"embed": True, "blocks": {"w": np.ones(5), "b": np.ones(5)}},
-        ),
-        TypeError,
-        "layer_mask must have Python booleans as leaves",
-        "'blocks/b'",
-    ),
-    error(
-        "mask_of_rows_that_splits_a_layer",
-        lambda: updated(
-            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
-            STACK,
-            layer_mask={"embed": True, "blocks": {"w": np.arange(5) > 1, "b": np.arange(5) > 2}},
-        ),
-        ValueError,
-        "at 'blocks/w'",
-        "another leaf of layer blocks",
-    ),
-    error(
-        "mask_of_rows_for_layers_without_stacks",
-        lambda: updated(
-            dm.per_layer(optax.sgd(0.1), dm.layers_by_path(STACK, ["embed", "blocks"])),
-            STACK,
-            layer_mask=STACK_LAYERS.mask(3),
-        ),
-        TypeError,
-        "layer_mask tells the layers of the stack 'blocks/b' apart",
-        "dm.per_layer(…, layers, takes_mask=True)",
-    ),
-    *(
-        error(
-            f"mask_of_rows_in_{name}",
-            lambda tx=tx: updated(
-                tx, {"w": jnp.ones((3, 2, 2))}, layer_mask={"w": np.arange(3) > 1}
-            ),
-            TypeError,
-            "layer_mask tells the layers of the stack 'w' apart, which this transformation does",
-            "dm.per_layer(…, layers, takes_mask=True)",
-        )
-        for name, tx in (
-            ("momentum", dm.momentum()),
-            ("mvr_momentum", dm.mvr_momentum()),
-            ("mars_momentum", dm.transforms.mars_momentum()),
-            ("keep_prev_params", dm.transforms.keep_prev_params()),
-            ("an_lmo", dm.newton_schulz_lmo(dimension_numbers=spec(1, 2))),
-        )
-    ),
-    error(
-        "mask_of_rows_for_a_leaf_that_is_not_stacked",
-        lambda: updated(
-            dm.per_layer(optax.sgd(0.1), STACK_LAYERS),
-            STACK,
-            layer_mask=STACK_LAYERS.mask(0) | {"embed": np.ones(3, bool)},
-        ),
-        ValueError,
-        "layer_mask is a vector at 'embed', which is not stacked in these layers",
-    ),
-    error(
-        "mask_for_an_inner_that_takes_none",
-        lambda: dm.per_layer(optax.scale_by_adam(), STACK_LAYERS, takes_mask=True),
-        TypeError,
-        "takes_mask=True is for an inner that looks at layer_mask",
-        "leave takes_mask out",
-    ),
-    error(
-        "mask_for_an_inner_that_ignores_it",
-        lambda: dm.check_optimizer(
-            dm.per_layer(optax.chain(optax.adam(0.1)), STACK_LAYERS, takes_mask=True),
-            STACK,
-            STACK_LAYERS,
-        ),
-        ValueError,
-        "changes in a step in which its layer is not active",
-    ),
-    error(
-        "rows_of_rows",
-        lambda: dm.drop_muon(
-            0.1,
-            STACK_LAYERS,
-            momentum=dm.per_layer(optax.trace(0.9), STACK_LAYERS),
-        ).init(STACK),
-        ValueError,
-        "Leaf 'blocks/w' has shape (4, 4), and the stack 'blocks' 5 layers",
-        "inside another dm.per_layer",
-    ),
-    error(
-        "stack_inside_a_layer",
-        lambda: stack_layers(("embed", dm.stacked("blocks"))),
-        TypeError,
-        "dm.stacked(…) is an entry of its own",
-    ),
-    error(
-        "scan_with_another_dtype_of_the_whole_carry",
-        lambda: scan(f=lambda carry, row: (carry.astype(jnp.bfloat16), None)),
-        TypeError,
-        "The carry is float32[4] and becomes bfloat16[4]",
-    ),
-    error(
-        "scan_of_nothing",
-        lambda: scan(xs={}),
-        ValueError,
-        "xs has no leaves: give the stacked parameters",
-    ),
-    error(
-        "scan_of_unequal_sizes",
-        lambda: scan(xs={"w": jnp.ones((5, 4, 4)), "key": jnp.ones(4)}),
-        ValueError,
-        "The leaves of xs must agree in their leading size",
-        "'key' has shape (4,), and 'w' (5, 4, 4)",
-    ),
-    error(
-        "scan_of_a_scalar",
-        lambda: scan(xs={"w": jnp.ones((5, 4, 4)), "temperature": 1.0}),
-        ValueError,
-        "Leaf 'temperature' of xs is a scalar",
-        "f can close over",
-    ),
-    error("scan_below_0", lambda: scan(depth=-1), ValueError, "depth must be at least 0, got -1"),
-    error(
-        "scan_beyond_the_last_layer",
-        lambda: scan(depth=6),
-        ValueError,
-        "depth must be at most 5, the number of layers in xs, got 6",
-        "layers.stack_depth",
-    ),
-    error(
-        "scan_to_a_fraction", lambda: scan(depth=0.5), TypeError, "depth must be a Python integer"
-    ),
-    error("scan_to_a_truth_value", lambda: scan(depth=True), TypeError, "got a truth value"),
-    error(
-        "scan_to_a_traced_fraction",
-        lambda: scan(depth=jnp.ones(())),
-        TypeError,
-        "depth must be one integer, got an array of float32[]",
-    ),
-    error(
-        "scan_without_a_pair",
-        lambda: scan(f=lambda carry, row: carry),
-        TypeError,
-        "f must return a pair of the next carry and an output",
-        "got one array",
-        "return carry, None",
-    ),
-    error(
-        "scan_with_another_structure",
-        lambda: scan(f=lambda carry, row: ((carry, carry), None)),
-        TypeError,
-        "f must return a carry of the structure that it takes",
-        "PyTreeDef(*)",
-        "PyTreeDef((*, *))",
-    ),
-    error(
-        "scan_with_another_shape",
-        lambda: scan(init={"x": jnp.ones(4)}, f=lambda c, row: ({"x": c["x"][:2]}, None)),
-        TypeError,
-        "Leaf 'x' of the carry is float32[4] and becomes float32[2]",
-    ),
-    error(
-        "scan_with_another_dtype",
-        lambda: scan(
-            init={"x": jnp.ones(4, jnp.bfloat16)}, f=lambda c, row: ({"x": c["x"] @ row["w"]}, None)
-        ),
-        TypeError,
-        "Leaf 'x' of the carry is bfloat16[4] and becomes float32[4]",
-    ),
+    "radius['head']": (lambda value: rms_lmo({"stem": 1.0, "head": value}),),
+    "step_size": (sharp,),
+    "max_norm": (lambda value: mars_momentum(max_norm=value),),
+    "ease": (lambda value: polar_express(5, ease=value),),
+    "radii['head']": (lambda value: scion(radii=RADII | {"head": value}),),
+    "flops_per_byte": (lambda value: dm.on_mesh(LMO, flops_per_byte=value),),
+}
+NOT_NEGATIVE = {
+    "learning_rate": (drop_muon, dm.muon, dm.gluon, scion),
+    "auxiliary_learning_rate": (lambda value: drop_muon(auxiliary_learning_rate=value),),
+    "weight_decay": (lambda value: drop_muon(weight_decay=value),),
+    "gamma": (lambda value: mars_momentum(gamma=value),),
+    "alpha": (lambda value: dm.epoch_shift_depth(10, alpha=value),),
+    "l0": (schedules.adaptive_radius,),
+    "l1": (lambda value: schedules.adaptive_radius(1.0, value),),
+}
+DECAYS = {"decay": (dm.momentum, dm.mvr_momentum, mars_momentum)}
+KINDS = {
+    "must be positive and finite": (POSITIVE, (0.0, -1.0, np.inf, np.nan)),
+    "must be at least 0 and finite": (NOT_NEGATIVE, (-1.0, np.inf, np.nan)),
+    "is the weight of the past and must lie in [0, 1)": (DECAYS, (1.0, -0.1, np.nan)),
+}
+
+
+def assert_raises(exception: type[Exception], message: str, call: Any, *args: Any) -> None:
+    """The words of the message, where … stands for anything between them."""
+    words = ".*".join(map(re.escape, message.split(" … ")))
+    with pytest.raises(exception, match=f"(?s){words}"):
+        call(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "takers", "kind", "bad_values"),
+    [
+        pytest.param(name, takers, kind, values, id=name)
+        for kind, (table, values) in KINDS.items()
+        for name, takers in table.items()
+    ],
+)
+def test_a_number_out_of_its_range_and_what_is_no_number_are_named(name, takers, kind, bad_values):
+    for take in takers:
+        for value in bad_values:
+            assert_raises(ValueError, f"{name} {kind}, got {value}", take, value)
+        for value in ("0.1", True):
+            assert_raises(TypeError, f"{name} must be a number … got {value!r}", take, value)
+        assert_raises(ValueError, f"{name} must be one number, got an array", take, jnp.ones(2))
+
+
+# The smallest value of each, and what takes it.
+INTEGERS = {
+    "num_steps": (1, newton_schulz_lmo, newton_schulz, dm.epoch_shift_depth, polar_express),
+    "memory_limit": (1, newton_schulz_lmo, rms_lmo),
+    "variant": (1, dm.mvr_momentum),
+    "steps_per_draw": (1, sampler),
+    "size": (1, dm.sampling.fixed_size_subsets),
+    "num_groups": (1, LAYERS.group),
+    "level": (1, functools.partial(dm.trace_layers, loss_fn, PARAMS)),
+    "depth": (0, LAYERS.mask, STACK_LAYERS.stack_depth, functools.partial(updated, drop_muon())),
+    "step": (0, SAMPLER.depth),
+    "seed": (0, sampler),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_what_must_be_a_python_integer_is_named(name):
+    minimum, *takers = INTEGERS[name]
+    for take in takers:
+        bad = functools.partial(lambda take, value: take(**{name: value}), take)
+        below = minimum - 1
+        assert_raises(ValueError, f"{name} must be at least {minimum}, got {below}", bad, below)
+        assert_raises(TypeError, f"{name} must be a Python integer, got a truth value", bad, True)
+        assert_raises(TypeError, f"{name} must be a Python integer, got 1.5", bad, 1.5)
+        if name not in ("depth", "seed"):  # which stacks and sampler.sample take
+            array = jnp.int32(2)
+            assert_raises(TypeError, f"{name} must be a Python integer, got an array", bad, array)
+
+
+# From the argument to a word that is nearly one of those known, and what takes it.
+CHOICES = {
+    "shape_factor": ("moonligth", "moonlight", newton_schulz_lmo, norms.spectral_norm, drop_muon),
+    "coefficients": ("polar_expres", "polar_express", newton_schulz_lmo, newton_schulz),
+    "preconditioning": ("schaten", "schatten", newton_schulz_lmo, newton_schulz),
+    "precision": ("hihgest", "highest", newton_schulz_lmo, newton_schulz),
+    "dimension_numbers": ("in-out", "in_out", newton_schulz_lmo, rms_lmo, scion),
+    "start": ("zeros", "zero", dm.mvr_momentum),
+    "on_reactivate": ("correkt", "correct", dm.mvr_momentum),
+    "layout": ("owners", "owner", functools.partial(dm.on_mesh, LMO)),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_misspelt_choice_is_told_the_right_one(name):
+    word, meant, *takers = CHOICES[name]
+    for take in takers:
+        with pytest.raises(ValueError, match=rf"{name} must be one of .* Did you mean '{meant}'"):
+            take(**{name: word})
+
+
+def test_an_argument_of_optax_muon_names_what_says_the_same_here():
+    ours, theirs = map(inspect.signature, (dm.muon, optax.contrib.muon))
+    for name in theirs.parameters.keys() - ours.parameters.keys() | {"lmo", "labels", "seed"}:
+        for muon in (functools.partial(dm.muon, 0.1), drop_muon):
+            with pytest.raises(TypeError, match=f"muon.. has no argument '{name}': say .*"):
+                muon(**{name: None})
+
+
+# --- One by one -----------------------------------------------------------------------------------
+
+ERRORS: list[Any] = []
+
+
+def bad(exception: type[Exception], message: str, call: Any, *args: Any, **kwargs: Any) -> None:
+    """Notes a call that must raise an exception, and the words of its message."""
+    call = functools.partial(call, *args, **kwargs)
+    ERRORS.append(pytest.param(exception, message, call, id=message))
+
+
+bad_value, bad_type = functools.partial(bad, ValueError), functools.partial(bad, TypeError)
+
+# What is of the wrong kind.
+for name, take, schedule in (
+    ("radius", rms_lmo, schedules.gluon_radius),
+    ("radius", newton_schulz_lmo, schedules.adaptive_radius),
+    ("decay", dm.momentum, schedules.gluon_decay),
+    ("decay", dm.mvr_momentum, schedules.mvr_decay),
+    ("q", functools.partial(dm.mvr_momentum, variant=2), schedules.mvr_q),
+    ("learning_rate", dm.muon, schedules.star_convex_rate),
+    ("learning_rate", dm.gluon, schedules.mvr_radius),
+    ("learning_rate", scion, schedules.gluon_radius),
+):
+    message = f"{name} is dm.schedules.{schedule.__name__} itself: call it"
+    bad_type(message, take, **{name: schedule})
+for take in (dm.momentum, dm.mvr_momentum, mars_momentum, dm.transforms.keep_prev_params):
+    bad_type("dtype must be of a floating-point dtype, got int32", take, dtype=jnp.int32)
+bad_type("prev_params_dtype … got int8", dm.mvr_momentum, prev_params_dtype=jnp.int8)
+bad_type("dtype must be a dtype, such as jnp.bfloat16, got 'bf16'", dm.momentum, dtype="bf16")
+bad_type("dtype must be a dtype, got an array … static_args", dm.momentum, dtype=jnp.ones(()))
+NO_LAYERS = "layers must be made by layers_by_path or trace_layers, got a list"
+bad_type(NO_LAYERS, dm.DepthSampler, NAMES, UNIFORM, seed=0)
+bad_type(NO_LAYERS, dm.layer_mask_sampler, NAMES, UNIFORM, seed=0)
+bad_type(NO_LAYERS, dm.per_layer, optax.adam(0.1), NAMES)
+for take in (dm.drop_muon, dm.drop_gluon, functools.partial(dm.drop_scion, radii=RADII)):
+    bad_type(NO_LAYERS, take, 0.1, NAMES)
+bad_type(
+    "inner must be an optax.GradientTransformation, got a Layers", dm.per_layer, LAYERS, LAYERS
+)
+bad_type("inner must be an optax.Gradient", dm.record_gains, 0.1, ADAPTIVE_SAMPLER)
+bad_type("transforms['all'] must be an optax.Gradient", dm.chain_subtrees, {"all": 0.1}, "all")
+bad_type("spectral_norm(orthogonalize=…)", dm.chain_subtrees, {"all": newton_schulz()}, "all")
+bad_type("momentum must be an optax.GradientTransformation, got a list", drop_muon, momentum=[])
+bad_type("momentum must be an optax.GradientTransformation, got a list", scion, momentum=[0.9])
+bad_type("auxiliary must be an optax.GradientTransformation", drop_muon, auxiliary=0.1)
+bad_type("optimizer must be an optax.GradientTransformation", check, 0.1)
+bad_type("transformation must be an optax.GradientTransformation", dm.on_mesh, 0.1)
+bad_type("transformation must be an optax.Gradient", dm.state_shardings, 0.1, KERNELS)
+STEPS = optax.MultiSteps(drop_muon(), 2)
+bad_type("got a MultiSteps … (steps.init, steps.update)", dm.train_step, loss_fn, STEPS, SAMPLER)
+
+# Layers by path and by trace.
+bad_value("'mit' matches no leaf … 'mid'? … stem/kernel", by_path, "stem", "mit", "head")
+bad_value("'mid/krnel' … Did you mean 'mid/kernel'?", by_path, "stem", "mid/krnel", "head")
+bad_value("No pattern … add a pattern … mid/bias … mid/kernel", by_path, "stem", "head")
+bad_value("'head/bias' matches both 'head' and '*/bias' … Write more", by_path, *NAMES, "*/bias")
+bad_value("patterns is empty; give one pattern for each layer", by_path)
+bad_type("patterns must be a sequence … got 'stem'", dm.layers_by_path, PARAMS, "stem")
+bad_type("patterns must be a sequence", dm.layers_by_path, STACK, dm.stacked("blocks"))
+bad_type("one or more nonempty string patterns, got (3,)", by_path, "stem", "mid", 3)
+bad_type("one or more nonempty string patterns, got (4,)", by_path, "stem", "mid", (4,))
+bad_type("nonempty string patterns, got ()", dm.stacked)
+bad_type("dm.stacked(…) is an entry of its own", by_path, ("embed", dm.stacked("blocks")))
+bad_value(
+    "the leaves ['b'] … dm.layers_by_path", dm.trace_layers, lambda p: p["a"], {"a": X, "b": X}
+)
+bad_type("level … functools.partial", dm.trace_layers, loss_fn, PARAMS, level=True)
+bad_value("depth must be at most 2, with 3 layers, got 3", LAYERS.mask, 3)
+bad_value("depth must be at most 2, with 3 layers, got 3", updated, drop_muon(), depth=3)
+bad_value("active must have 3 entries … stem, mid, head; got 2", LAYERS.subset, [True, False])
+bad_type("active must hold Python booleans, got 1", LAYERS.subset, [1, 0, 1])
+bad_value("num_groups must be at most 3, the number of layers, got 4", LAYERS.group, 4)
+bad_value("layer_costs must be 3 … got [1.0, 2.0]", LAYERS.group, 2, layer_costs=[1.0, 2.0])
+bad_value("layer_costs must be 3 nonnegative … -2", LAYERS.group, 2, layer_costs=[1, -2, 1])
+for tx in (dm.per_layer(optax.sgd(0.1), LAYERS), drop_muon(), LINK):
+    bad_value("'tail' is in no layer … 'head/bias' … Make the layers from", tx.init, WITH_TAIL)
+bad_value(
+    "'0' is in no layer … a list from a dict", dm.layers_by_path([X], ["0"]).rows_of, {"0": X}
+)
+
+# Stacked layers.
+bad_value("stack '*' … 'a' has shape (3, 2), and 'b' (4, 2)", stack_of, (3, 2), (4, 2))
+bad_value("'b' (). A leaf that is not stacked belongs to a layer of its own", stack_of, (3, 2), ())
+bad_value("a leading axis of one size, an entry for each layer", stack_of, (0, 2))
+bad_value("stack must be … 'block'. Did you mean 'blocks'?", STACK_LAYERS.stack_depth, 1, "block")
+TWO_STACKS = dm.layers_by_path({"a": X, "b": X}, [dm.stacked("a"), dm.stacked("b")])
+bad_value("several stacks, ['a', 'b']: say which, stack='a'", TWO_STACKS.stack_depth, 1)
+bad_value("stack_depth needs stacked layers, and there are none", LAYERS.stack_depth, 1)
+bad_value("depth must be at most 5, with 6 layers, got 6", STACK_LAYERS.stack_depth, 6)
+bad_type("depth must be one integer, got an array of float32[]", STACK_LAYERS.mask, jnp.ones(()))
+bad_type("must be one integer, got an array of int32[2]", jax.jit(STACK_LAYERS.mask), jnp.arange(2))
+bad_value("(4,) at 'blocks/b', and the leaf (5, 4)", step_of_stack, stack_mask(ROWS[:4], ROWS[:4]))
+bad_value("at 'blocks/w' … another leaf of layer", step_of_stack, stack_mask(ROWS, ~ROWS))
+bad_value("a vector at 'embed', which is not", step_of_stack, stack_mask(ROWS, ROWS, ROWS[:3]))
+bad_value("splits a layer at 'blocks/", step_of_stack, STACK_LAYERS.mask(2), STACK_LAYERS.group(2))
+bad_type("Python booleans … 'blocks/b'", step_of_stack, stack_mask(np.ones(5), np.ones(5)))
+bad_type(
+    "tells the layers of the stack 'blocks/b' apart … dm.per_layer(…, layers, takes_mask=True)",
+    *(step_of_stack, STACK_LAYERS.mask(3), by_path("embed", "blocks", params=STACK)),
+)
+for tx in (dm.momentum(), MVR, MARS, KEEPER, newton_schulz_lmo(dimension_numbers=Numbers(1, 2))):
+    bad_type(
+        "tells the layers of the stack 'w' apart … dm.per_layer(…, layers, takes_mask=True)",
+        *(updated, tx, {"w": jnp.ones((3, 2, 2))}),
+        layer_mask={"w": np.arange(3) > 1},
+    )
+bad_value(
+    "'blocks/w' has shape (4, 4), and the stack 'blocks' 5 layers … another dm.per_layer",
+    dm.drop_muon(0.1, STACK_LAYERS, momentum=dm.per_layer(optax.trace(0.9), STACK_LAYERS)).init,
+    STACK,
+)
+bad_type("leave takes_mask out", dm.per_layer, optax.scale_by_adam(), STACK_LAYERS, takes_mask=True)
+
+# Scans over them.
+bad_value("xs has no leaves: give the stacked parameters", scan, {})
+bad_value("'key' has shape (4,), and 'w' (5, 4)", scan, {"w": jnp.ones((5, 4)), "key": jnp.ones(4)})
+bad_value("'t' of xs is a scalar … f can close over", scan, {"w": jnp.ones((5, 4)), "t": 1.0})
+bad_value("depth must be at least 0, got -1", scan, depth=-1)
+bad_value("depth must be at most 5 … got 6 … layers.stack_depth", scan, depth=6)
+bad_type("depth must be a Python integer, got 0.5", scan, depth=0.5)
+bad_type("depth must be one integer, got an array of float32[]", scan, depth=jnp.ones(()))
+bad_type("a pair … got one array … return carry, None", scan, f=lambda carry, row: carry)
+bad_type("PyTreeDef(*) … PyTreeDef((*, *))", scan, f=lambda carry, row: ((carry, carry), None))
+bad_type(
+    "float32[4] and becomes bfloat16[4]", scan, f=lambda c, row: (c.astype(jnp.bfloat16), None)
+)
+bad_type(
+    "'0' of the carry is float32[4] and becomes",
+    scan,
+    f=lambda c, row: ([c[0][:2]], None),
+    init=[jnp.ones(4)],
+)
+
+# Masks and depths.
+bad_type("'layer_mask' is missing … layer_mask=None for all layers", gradients)
+bad_type("'layer_mask' is missing … layer_mask=None for all layers", pair)
+bad_type("missing the keyword argument 'layer_mask' … layers.mask(depth).", updated, LINK)
+bad_type("missing the keyword argument 'layer_mask' … or depth=depth", updated, drop_muon())
+bad_type("depth= is for drop_muon and its siblings", updated, LINK, depth=1)
+bad_type("drop_muon and its siblings … layers.mask(depth)", updated, dm.momentum(), depth=1)
+bad_type("got both", updated, drop_muon(), layer_mask=LAYERS.mask(1), depth=1)
+bad_type("takes no layer_mask or depth; use drop_muon", updated, dm.muon(0.1), depth=0)
+bad_type("use drop_muon", updated, dm.muon(0.1), layer_mask=LAYERS.mask(1))
+bad_type("use drop_scion", updated, dm.scion(0.1, RADII), layer_mask=LAYERS.mask(1))
+bad_type("use drop_gluon", updated, dm.gluon(0.1), depth=0)
+bad_type("got an array … static_argnames='depth' … dm.switch_depth", jax.jit(LAYERS.mask), 1)
+bad_type("='depth'", jax.jit(lambda depth: updated(drop_muon(), depth=depth)[0]), 1)
+bad_value(
+    "layer_mask is True at 'mid/kernel' and False at another leaf of layer mid … layers.subset",
+    *(updated, dm.per_layer(optax.sgd(0.1), LAYERS)),
+    layer_mask=LAYERS.mask(0) | {"mid": {"kernel": True, "bias": False}},
+)
+bad_value(
+    "layer_mask has another structure … dm.chain_subtrees … mask_compatible_extra_args=True",
+    *(updated, optax.masked(dm.momentum(), LAYERS.mask(1))),
+    layer_mask=LAYERS.mask(0),
+)
+
+# Distributions and samplers.
+bad_value("must not be negative, got [0.5, -0.25, 0.75]", dm.fixed_depth, [0.5, -0.25, 0.75])
+bad_value("must not be negative, got [0.5, nan, 0.5]", dm.fixed_depth, [0.5, np.nan, 0.5])
+bad_value("probabilities must sum to 1, got 1.25", dm.fixed_depth, [0.5, 0.25, 0.5])
+bad_value("probabilities must be a sequence of numbers", dm.fixed_depth, [])
+bad_value("probabilities must be a sequence of numbers", dm.sampling.independent_layers, [])
+bad_value("must lie in [0, 1], got [0.5, 1.5]", dm.sampling.independent_layers, [0.5, 1.5])
+bad_value("has 8192 subsets … layers.group(k)", dm.sampling.independent_layers, [0.5] * 13)
+bad_value("has 12870 subsets … layers.group(k)", dm.sampling.fixed_size_subsets(8).subsets, 16)
+bad_value("size must be at most 3, the … got 4", sampler, dm.sampling.fixed_size_subsets(4))
+bad_value("2 probabilities … need 3: stem, mid, head", sampler, dm.fixed_depth([0.5, 0.5]))
+bad_value("of shape (4, 2), and there are 3", sampler, dm.sampling.independent_layers([0.5, 0.5]))
+bad_value("negative … at step 0", sampler_of, lambda step, b: jnp.array([1.5, -0.5, 0.0]))
+bad_value("must sum to 1, got 1.5 at step 0", sampler_of, lambda step, b: jnp.full(b, 0.5))
+bad_value("at step 1", sampler_of(lambda step, b: jnp.eye(b)[0] - 0.01 * step).depth, 7)
+bad_type("jnp.where(step < n", sampler_of, lambda step, b: jnp.eye(b)[0 if step < 9 else 1])
+bad_type("must be booleans, got float64", sampler_of, lambda step, b: jnp.full(b, 1 / b), np.eye)
+bad_type("LayerDistribution such as dm.uniform_depth()", sampler, dm.uniform_depth)
+bad_type("'seed'", dm.DepthSampler, LAYERS, UNIFORM)
+bad_type("'seed'", dm.layer_mask_sampler, LAYERS, UNIFORM)
+bad_value("seed must be below 2^64", sampler, seed=2**64)
+bad_type("got an array … jax.random.key(0)", sampler, seed=jax.random.split(jax.random.key(0)))
+bad_type("seed must be a Python integer, got an array", sampler, seed=jnp.float32(1))
+bad_type("seed is an array, for sampler.sample only", sampler(seed=jnp.int32(1)).depth, 0)
+bad_value("step must be at most", SAMPLER.depth, 2**31)
+bad_type("got an array … or use sampler.sample", SAMPLER.depth, jnp.array(3))
+bad_type("step must be a Python integer, got an array", SAMPLER.check_processes, jnp.array(3))
+PAIRS = sampler(dm.sampling.fixed_size_subsets(2))
+bad_type("subsets, not depths … sampler.active(step) … layers.subset(active)", PAIRS.depth, 0)
+bad_type("got a Layers … dm.DepthSampler(layers,", dm.switch_depth, gradients, LAYERS)
+bad_type("got a LayerMaskSampler … sampler.draws", dm.switch_depth, gradients, LINK)
+bad_type("with a LayerDistribution. Other … no record", dm.record_gains, drop_muon(), SAMPLER)
+
+# The axes of matrices, and the iteration.
+for tx in (LMO, dm.norm_lmo(norms.column_norm()), drop_muon(roles={"bias": "hidden"})):
+    bad_value("needs matrices, and leaf 'head/bias' has … dm.chain_subtrees", tx.init, PARAMS)
+bad_value("leaf 'net/kernel' has shape ()", axes, ())
+bad_value("of shape (2, 3, 4) … ={'net/kernel' … batch axes … with 'in_out'", axes, (2, 3, 4))
+bad_value("leaf 'net/kernel', of shape (2, 3, 4, 5, 6)", axes, (2, 3, 4, 5, 6))
+bad_value("'net/weight' … (out, in, *window) … 'out_in' or 'in_out'", axes, (3, 4), name="weight")
+bad_value("'weight' of shape … ='out_in' or 'in_out'", labels, weight=(3, 4))
+bad_value("name an axis of (3,), but leaf 'net/kernel' has 3", axes, (2, 3, 4), Numbers(1, 3))
+bad_value("reduction_axis=(0, 1), output_axis=(1,)", axes, (2, 3, 4), Numbers((0, 1), -2))
+bad_value("at least one axis each for fan-in and fan-out", axes, (2, 3, 4), Numbers((), 2))
+bad_value("'kernels' matches no leaf … 'kernel'?", axes, (2, 3), {"kernels": "in_out"})
+bad_value("matches both", axes, (2, 3, 4), {"net": Numbers(1, 2), "kernel": Numbers(1, 2)})
+bad_type("MuonDimensionNumbers, 'in_out', 'out_in', or a … (1, 2)", axes, (2, 3), (1, 2))
+bad_type("of leaf 'net/kernel' must be an optax.contrib.Muon", axes, (2, 3), {"net": (0, 1)})
+bad_type("dimension_numbers is by path patterns … got 0", axes, (2, 3), {0: "in_out"})
+bad_value("of leaf 'net/kernel' must be one of … 'out-in'", axes, (2, 3), {"net": "out-in"})
+bad_value("of whole leaves … leave out", rms_lmo(dimension_numbers="in_out").init, KERNELS)
+bad_value(
+    "'wte' matches 'wte', which is 'tied_head' … they take none",
+    dm.gluon(0.1, roles={"wte": "tied_head"}, dimension_numbers={"wte": Numbers(1, 0)}).init,
+    {"wte": jnp.eye(2)},
+)
+for name in ("num_steps", "memory_limit"):
+    bad_type(f"{name} … got an array … static_args", injected, newton_schulz_lmo, **{name: 5})
+bad_value("num_steps is 5 … is 1 … leave num_steps", newton_schulz, [(2, -1, 1)], num_steps=5)
+bad_value("finite numbers (a, b, c) … ('a', 'b', 'c')", newton_schulz, [("a", "b", "c")])
+bad_value("got (1.5, -0.5, 0.0) … [(a, b, c)] * num_steps", newton_schulz, (1.5, -0.5, 0.0))
+bad_value("triples of finite numbers … got []", newton_schulz, [])
+bad_value("triples of finite numbers", newton_schulz, [(1.5, -0.5, np.inf)])
+bad_type("are static … dm.orthogonalize.newton_schulz()(x)", newton_schulz, jnp.eye(3))
+bad_type("an array, got a dict … newton_schulz_lmo", newton_schulz(), {"w": jnp.eye(3)})
+bad_type("orthogonalize must be of a floating-point", newton_schulz(), jnp.ones((2, 3), int))
+bad_value("(*batch, rows, cols), got (3,)", newton_schulz(), jnp.ones(3))
+bad_value("['float32', 'bfloat16', 'float16'], got 'int8'", newton_schulz, dtype=jnp.int8)
+bad_type("['float32', 'bfloat16', 'float16'], got 'bf16'", newton_schulz, dtype="bf16")
+bad_value("overflows in float16 … bfloat16", newton_schulz, [(30, 0, 0)] * 4, dtype=jnp.float16)
+bad_value('="aol" divides … another', newton_schulz, "turbo_muon", dtype=jnp.float16)
+bad_type("It is in bytes", newton_schulz_lmo, memory_limit=1e9)
+SMALL = newton_schulz_lmo(memory_limit=1000)
+bad_value("1,000 bytes … 'big', 64×32, needs 36,864", SMALL.init, {"big": jnp.ones((64, 32))})
+bad_type("newton_schulz() with its parentheses", drop_muon, orthogonalize=newton_schulz)
+bad_type("orthogonalize must be a function … got 'svd'", norms.spectral_norm, orthogonalize="svd")
+bad_type("an array of the shape it is given … returned None", orthogonalized, lambda x: None)
+bad_value("was given float32[ … shape and dtype must stay", orthogonalized, lambda x: x @ x.mT)
+bad_value("dtype must stay", orthogonalized, lambda x: x.astype(jnp.bfloat16))
+bad_value("smallest must lie in (0, 1), got 0.0", polar_express, 5, smallest=0.0)
+bad_value("cushion must lie in [0, 1), got 1.0", polar_express, 5, cushion=1.0)
+bad_value("ease must be at least 1, got 0.99", polar_express, 5, ease=0.99)
+
+# Norms and radii.
+bad_type("norm must be a dm.norms.Norm, got a function. Call it", dm.norm_lmo, norms.sign_norm)
+bad_type("norm must be a dm.norms.Norm, got 'sign'", dm.transforms.norm_sharp, "sign")
+bad_type("one array, got a dict … jax.tree.map", norms.sign_norm().argmin, KERNELS)
+bad_type("the array must be of a floating-point", norms.rms_norm().direction, jnp.ones(3, int))
+bad_type("got int32", norms.sign_norm().init, jax.random.key(0), (3, 2), jnp.int32)
+bad_value("is of matrices (in, out) … shape (3,)", norms.column_norm().dual_norm, jnp.ones(3))
+bad_value("of matrices (in, out) … (3,)", norms.spectral_norm().init, jax.random.key(0), (3,))
+BATCH = jnp.ones((2, 3, 4)), Numbers(1, 2)
+bad_value("is a batch of matrices: take jax.vmap", norms.spectral_norm().norm, *BATCH)
+bad_value("one of … 'one' … got 'none'", norms.Norm, "mine", norms.sign_norm().geometry, "none")
+bad_value("radius is an empty mapping; give a number, or a pattern for each", rms_lmo, {})
+bad_value("radius: pattern 'mit' matches no leaf … 'mid'?", rms_lmo({"mit": 1.0}).init, PARAMS)
+TWICE = {"stem": 1.0, "mid": 1.0, "head": 1.0, "mid/bias": 2.0}
+bad_value("leaf 'mid/bias' matches both 'mid' and 'mid/bias'", rms_lmo(TWICE).init, PARAMS)
+for name, take in (("radius", rms_lmo), ("step_size", sharp)):
+    tx = take({"stem": 1.0, "head": 1.0})
+    bad_value(f"{name} has … ['mid/bias', 'mid/kernel'] … ['stem', 'head']", tx.init, PARAMS)
+bad_type("radius['stem'] is a mapping again; write one", rms_lmo, {"stem": {"kernel": 1.0}})
+bad_type("radius is by path patterns, which are strings, got 0", rms_lmo, {0: 1.0})
+bad_type("adaptive_radius(l0, l1)", sharp, ADAPTIVE)
+bad_type("multiplies the dual norm already", sharp, {"stem": ADAPTIVE})
+bad_value("l0 and l1 are both 0", schedules.adaptive_radius, 0, 0.0)
+bad_value("one of radius returned shape (3,)", updated, rms_lmo(lambda count: jnp.ones(3)), KERNELS)
+
+# Momenta.
+bad_type("makes a transformation: call it", drop_muon, momentum=dm.momentum)
+bad_value("[0, 1), got 1.0", drop_muon, momentum=1.0)
+bad_value("[0, 1), got 1.0 … Drop-Muon's β … 1 - decay", dm.mvr_momentum, schedules.mvr_q())
+bad_value("variant must be 1, 2 or 3, got 4", dm.mvr_momentum, variant=4)
+bad_type("variant … got an array … static_args", dm.mvr_momentum, variant=jnp.array(2))
+bad_value("variant 1 has no q: leave it out, or take variant=2 or 3", dm.mvr_momentum, q=0.5)
+for q in (0.0, 1.5, schedules.mvr_decay()):
+    bad_value("q is the weight of the new gradient, in (0, 1]", dm.mvr_momentum, variant=2, q=q)
+bad_type("needs … 'prev_params_grads' … dm.masked_value_and_grad_pair", updated, MVR)
+bad_type("needs the extra argument 'prev_params_grads'", updated, MUON_MVR)
+for name in ("prev_grads", "last_gradient", "grads_prev", "old_step_grads", "g_prev"):
+    bad_type(f"'{name}' … another batch … mars_momentum", updated, MVR, **{name: PARAMS})
+bad_type("Did you mean 'prev_params_grads'?", updated, MVR, prev_param_grads=PARAMS)
+for tx in (MVR, dm.per_layer(optax.sgd(1.0), LAYERS)):
+    bad_value("gradients: 'head/bias' is missing", updated, tx, prev_params_grads=KERNELS)
+bad_value("'tail' is only in prev_params_grads", updated, MUON_MVR, prev_params_grads=WITH_TAIL)
+bad_value("(1, 2) at 'head/bias' … gradients have (2,)", updated, MVR, prev_params_grads=LONGER)
+MASKED_MVR = optax.masked(MVR, LAYERS.mask(1))
+bad_value("mask_compatible_extra_args=True", updated, MASKED_MVR, prev_params_grads=PARAMS)
+bad_value("the containers differ", updated, MVR, [X], prev_params_grads={"0": X})
+bad_value("mvr_momentum keeps the parameters: pass them to update", updated_from, MVR, MVR, None)
+bad_value("keep_prev_params keeps the parameters: pass", updated_from, KEEPER, KEEPER, None)
+bad_value("params has shape (1, 2) at 'head/bias'", updated_from, MVR, MVR, LONGER)
+bad_type("given to mvr_momentum is none of variant 1 … tx.init", updated_from, dm.momentum())
+bad_type("none of variant 2", updated_from, MVR, dm.mvr_momentum(variant=2))
+bad_type("given to mars_momentum is that of another momentum", updated_from, MVR, MARS)
+bad_value("leave per_layer out", dm.per_layer(MVR, LAYERS).init, PARAMS)
+bad_value("'head/bias'. Is there a dm.mvr", dm.prev_params, dm.momentum().init(PARAMS), PARAMS)
+bad_value("of 'head/bias'. … keep_prev_params()", dm.prev_params, MVR.init(KERNELS), PARAMS)
+bad_value("(2,) at 'head/bias' … (1, 2)", dm.prev_params, MVR.init(PARAMS), LONGER)
+bad_value("'head/bias' twice", dm.prev_params, optax.chain(KEEPER, MVR).init(PARAMS), PARAMS)
+bad_value("average both grad", dm.prev_params, optax.MultiSteps(MVR, 2).init(PARAMS), PARAMS)
+bad_value("prev_params must have … 'head/bias' is missing", pair, KERNELS, layer_mask=None)
+
+# Chains and optimizers.
+SUBTREES = dict.fromkeys(("matrix", 0), LMO)
+MISSPELT = {"stem": "matrix", "mid": {"kernel": "matrices", "bias": "matrix"}, "head": "matrix"}
+bad_value(
+    "Leaf 'mid/kernel' has the label 'matrices' … ['0', 'matrix']. Did you mean 'matrix'?",
+    *(dm.chain_subtrees(SUBTREES, MISSPELT).init, PARAMS),
+)
+bad_value("transforms is empty; give one", dm.chain_subtrees, {}, {})
+bad_value("the γ of (1 - γ)X + γ lmo, at most 1, got 1.5", scion, 1.5)
+bad_value("at most 1, got 1.5", scion, optax.constant_schedule(1.5))
+bad_value("at most 1, got 1.5", dm.drop_scion, 1.5, LAYERS, RADII)
+bad_type("radii must be a mapping from role to radius … got 50.0", scion, 0.1, 50.0)
+bad_type("got a LayerDistribution", dm.drop_scion, 0.1, LAYERS, UNIFORM)
+bad_value("radii names the role 'hiden' … Did you mean 'hidden'?", scion, 0.1, {"hiden": 1.0})
+bad_value("the role 'gate' … goes into norms", scion, 0.1, RADII | {"gate": 1.0})
+bad_value("'/b' is a path … dict.fromkeys(dm.layers.ROLES", dm.gluon, 1.0, {"/b": 1.0})
+bad_value("radii['bias'] is adaptive … constrained=False", scion, 0.1, RADII | {"bias": ADAPTIVE})
+bad_value("norms names the role 'hiden' … 'hidden'?", scion, norms={"hiden": norms.sign_norm()})
+bad_type("norms['head'] must be a norm … got a function", scion, norms={"head": norms.sign_norm})
+bad_type("norms must be a mapping from role to norm", scion, norms=[norms.sign_norm()])
+bad_value("'mid' the role 'hiden'. Did you mean 'hidden'?", scion, roles={"mid": "hiden"})
+bad_value("'mid/kernel' is 'gate', and radii has no such", scion, roles={"mid/kernel": "gate"})
+bad_value("pattern 'mit' matches no leaf … Did you mean 'mid'?", scion, roles={"mit": "head"})
+bad_type("roles must be a mapping from path patterns to roles", scion, roles=["head"])
+bad_type("roles maps path patterns to role names, got 'a': 3", dm.Roles, {"a": 3})
+bad_value("A constrained step … pass them to update", dm.scion(0.1, RADII).update, KERNELS, None)
+bad_value("'head' is 'head', and radii has only ['hidden']", scion_init, {"hidden": 1.0})
+bad_type("radii['head'] must be a number … first value", scion_init, {"head": lambda count: 1.0})
+
+# The roles of leaves.
+bad_value("No leaf is the head … ['a', 'b'] … has_head=False", labels, a=(3, 3), b=(3, 3))
+bad_value("'a' … depthwise … grey … ={'a': 'hidden'}", labels, a=(3, 3, 1, 8), b=(3, 3, 1, 8))
+bad_value("'a' … depthwise convolution", labels, a=(4, 1, 32), b=(3, 3, 1, 8))
+bad_value("'depthwise' … dm.norms.row_norm", labels, depthwise=(3, 3, 8, 1))
+bad_value("'a' of shape (4, 516) looks like a table … ={'a': 'embedding'}", labels, a=(4, 516))
+for tx in (dm.muon(0.1), dm.gluon(0.1)):
+    bad_value("'a' of shape (4, 516) looks like a table", tx.init, {"a": jnp.ones((4, 516))})
+bad_value("window of 3×16 … stack of … dimension_numbers", labels, query=(3, 16, 2, 8))
+bad_value("'emb/mlp/weight' … or 'hidden'", labels, "out_in", **{"emb/mlp/weight": (8, 4)})
+
+# The check of an optimizer.
+ONE_STEP = {"orthogonalize": newton_schulz(num_steps=1)}
+CLIMBING = drop_muon(auxiliary=optax.adamw(1e-3), **ONE_STEP)
+bad_value("'head/bias' moves along … optax.scale_by_adam() in place of", check, CLIMBING, LAYERS)
+bad_value("'head/kernel' moves along", check, dm.muon(0.1, momentum=optax.sgd(0.1), **ONE_STEP))
+bad_value("end a chain of your own with optax.scale_by_learning_rate", check, dm.momentum())
+DECAY = optax.chain(LINK, optax.add_decayed_weights(0.1), optax.scale(-0.1))
+bad_value("moves … not active … or before dm.layer_mask_sampler", check, DECAY, LAYERS)
+for tx, leaf in (
+    (optax.chain(optax.sgd(0.1, 0.9), LINK), "mid/bias"),
+    (drop_muon(momentum=optax.trace(0.9), **ONE_STEP), "mid/kernel"),
+    (dm.drop_scion(0.1, LAYERS, RADII, momentum=optax.trace(0.9)), "mid/bias"),
+):
+    bad_value(f"state … of leaf '{leaf}' changes … dm.per_layer(…, layers)", check, tx, LAYERS)
+bad_value(
+    "The state … of leaf 'embed' changes in a step in which its layer is not active",
+    check,
+    dm.per_layer(optax.chain(optax.sgd(0.1, 0.9)), STACK_LAYERS, takes_mask=True),
+    *(STACK_LAYERS, STACK),
+)
+
+# Meshes.
+MESH, OTHER_MESH = (
+    jax.make_mesh((1,), (name,), axis_types=(AxisType.Auto,)) for name in ("fsdp", "tensor")
+)
+FLAT = {"stem": jnp.ones((4, 3)), "head": jnp.ones((3, 2))}
+
+
+def placed(**specs: P) -> dict[str, NamedSharding]:
+    return {name: NamedSharding(MESH, spec) for name, spec in specs.items()}
+
+
+PLACED, PART, TOO_DEEP = (
+    placed(stem=P(), head=P()),
+    placed(stem=P()),
+    placed(stem=P(None, None, "fsdp"), head=P()),
+)
+state_shardings = functools.partial(dm.state_shardings, dm.momentum())
+on_mesh = functools.partial(dm.on_mesh, LMO)
+plan_layouts = dm.sharding.plan_layouts
+
+bad_type("mesh must be a jax.sharding.Mesh, got 'fsdp' … shardings=", on_mesh, "fsdp")
+bad_type("mesh must be a jax.sharding.Mesh, got a dict … shardings=", on_mesh, PLACED)
+bad_type("mesh must be a jax.sharding.Mesh, got a dict … shardings=", plan_layouts, FLAT, PLACED)
+bad_type("mesh must be a jax.sharding.Mesh, got None: give mesh or", plan_layouts, FLAT)
+bad_value("{'tensor': 1}, and 'head' is on {'fsdp': 1}", on_mesh, OTHER_MESH, shardings=PLACED)
+TWO_MESHES = PLACED | {"tail": NamedSharding(OTHER_MESH, P())}
+bad_value("one mesh, {'fsdp': 1}, and 'tail' is on {'tensor': 1}", on_mesh, shardings=TWO_MESHES)
+bad_type("a tree of jax.sharding.NamedSharding … at 'head'", on_mesh, shardings={"head": P()})
+bad_type("a tree of jax.sharding.NamedSharding, got no leaf", on_mesh, shardings={})
+bad_value("leaf 'head': it knows stem … x.sharding", on_mesh(shardings=PART).init, FLAT)
+bad_value("for 'head', and the … no such", on_mesh(shardings=PLACED).init, {"stem": X})
+bad_value("'fsdp' … 'stem', of shape (4, 3)", on_mesh(shardings=TOO_DEEP).init, FLAT)
+bad_value("has 1 leaves and the parameters 2 … ['head']", state_shardings, FLAT, PART)
+bad_value("they differ in ['head']. Give", state_shardings, FLAT, PLACED | {"head": None})
+bad_value("'stem' has shape (4, 3), and its sharding", state_shardings, FLAT, TOO_DEEP)
+for tree in (FLAT, jax.eval_shape(lambda: FLAT)):
+    bad_type("'head' must be a NamedSharding … jax.device_put(params,", state_shardings, tree)
+bad_value("'blocks', of shape (3, 4, 4)", plan_layouts, {"blocks": jnp.ones((3, 4, 4))}, MESH)
+bad_value("'head' is missing", plan_layouts, FLAT, MESH, layer_mask={"stem": True})
+
+
+@pytest.mark.parametrize(("exception", "message", "call"), ERRORS)
+def test_bad_input_is_named_with_the_way_out(exception, message, call):
+    assert_raises(exception, message, call)
+
+
+# --- Bad masks, for everything that takes one -----------------------------------------------------
+
+
+def arrays(layer_mask: Any) -> Any:
+    return jax.tree.map(jnp.asarray, layer_mask)
+
+
+MASK = LAYERS.mask(1)
+IS_ARRAY = "layer_mask is an array at 'head/bias' … layers.mask(depth) … ='depth' … dm.switch_depth"
+BAD_MASKS = [
+    (ValueError, "'mid/bias' is missing … the same tree", MASK | {"mid": {"kernel": True}}),
+    (ValueError, "has another structure … 'tail' is only in the mask", MASK | {"tail": True}),
+    (ValueError, "has another structure", tuple(MASK.values())),
+    (TypeError, "layer_mask must be a tree of booleans, got True", True),
+    (TypeError, IS_ARRAY, arrays(MASK)),
+    (TypeError, "got 1 at 'head/bias' … layers.mask(depth)", jax.tree.map(int, MASK)),
+    (TypeError, "Python booleans as leaves … 'head/bias'", jax.tree.map(np.asarray, MASK)),
 ]
+TAKES_A_MASK = {
+    "masked_value_and_grad": lambda mask: gradients(layer_mask=mask),
+    "masked_value_and_grad_pair": lambda mask: pair(layer_mask=mask),
+} | {
+    name: lambda mask, tx=tx: updated(tx, layer_mask=mask)[0]
+    for name, tx in {
+        "layer_mask_sampler": LINK,
+        "momentum": dm.momentum(),
+        "per_layer": dm.per_layer(optax.sgd(1.0), LAYERS),
+        "chain_subtrees": dm.chain_subtrees({"all": dm.momentum()}, "all"),
+        "drop_muon": drop_muon(),
+        "drop_scion": dm.drop_scion(0.1, LAYERS, RADII),
+        "record_gains": dm.record_gains(optax.sgd(0.1), ADAPTIVE_SAMPLER),
+    }.items()
+}
 
 
-def assert_message(exception: type[Exception], words: tuple[str, ...], function: Any) -> None:
-    with pytest.raises(exception, match="(?s)" + ".*".join(map(re.escape, words))):
-        function()
-
-
-@pytest.mark.parametrize(
-    ("function", "exception", "words"),
-    [
-        *LAYER_ERRORS,
-        *MASK_ERRORS,
-        *SAMPLING_ERRORS,
-        *LMO_ERRORS,
-        *NORM_ERRORS,
-        *RADIUS_ERRORS,
-        *MOMENTUM_ERRORS,
-        *OPTIMIZER_ERRORS,
-        *STACK_ERRORS,
-    ],
-)
-def test_bad_input_is_named_with_the_way_out(function, exception, words):
-    assert_message(exception, words, function)
-
-
-@pytest.mark.parametrize(("function", "exception", "words"), BAD_MASKS)
-@pytest.mark.parametrize(
-    "call", [pytest.param(call, id=name) for name, call in TAKES_A_MASK.items()]
-)
-def test_a_bad_mask_is_named_with_the_way_out(call, function, exception, words):
-    assert_message(exception, words, functools.partial(function, call))
-
-
-@pytest.mark.parametrize("seed", [0.5, "7", None])
-def test_a_seed_that_is_no_integer_is_a_type_error(seed):
-    with pytest.raises(TypeError, match="seed"):
-        sampler(UNIFORM, seed=seed)
-
-
-@pytest.mark.parametrize("value", ["0.1", None, True])
-@pytest.mark.parametrize(
-    ("name", "factory"),
-    [
-        pytest.param("radius", dm.newton_schulz_lmo, id="newton_schulz_lmo"),
-        pytest.param(
-            "step_size",
-            functools.partial(dm.transforms.norm_sharp, dm.norms.sign_norm()),
-            id="norm_sharp",
-        ),
-        pytest.param("decay", dm.momentum, id="momentum"),
-        pytest.param("decay", dm.mvr_momentum, id="mvr_momentum"),
-        pytest.param("gamma", dm.transforms.mars_momentum, id="mars_momentum"),
-        pytest.param("learning_rate", drop_muon, id="drop_muon"),
-    ],
-)
-def test_a_hyperparameter_that_is_no_number_is_a_type_error(name, factory, value):
-    with pytest.raises(TypeError, match=name):
-        factory(**{name: value})
-
-
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        {*inspect.signature(optax.contrib.muon).parameters}
-        - {*inspect.signature(dm.muon).parameters}
-    ),
-)
-@pytest.mark.parametrize("muon", [functools.partial(dm.muon, 0.1), drop_muon])
-def test_an_argument_of_optax_muon_names_what_says_the_same_here(muon, name):
-    with pytest.raises(TypeError, match=f"muon.. has no argument '{name}': say .*"):
-        muon(**{name: None})
+@pytest.mark.parametrize("call", TAKES_A_MASK.values(), ids=TAKES_A_MASK)
+def test_a_bad_mask_is_named_with_the_way_out(call):
+    for exception, message, layer_mask in BAD_MASKS:
+        assert_raises(exception, message, call, layer_mask)
+    assert_raises(TypeError, IS_ARRAY, jax.jit(call), arrays(MASK))  # traced

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,17 +60,9 @@ def test_patterns_match_whole_components_in_any_container(params, patterns):
 
 def test_a_star_stays_inside_its_component():
     params = {"a": {"b": {"c": jnp.zeros(1)}}, "c": jnp.zeros(1)}
-    with pytest.raises(ValueError, match=r"'a/\*/d' matches no leaf"):
-        dm.layers_by_path(params, ["a/*/d", "c"])
     assert dm.layers_by_path(params, ["a/*/c", "/c"]).layer_sizes == (1, 1)
-
-
-def test_layers_work_from_shapes_alone():
-    shapes = {
-        "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),
-        "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16),
-    }
-    assert dm.layers_by_path(shapes, ["a", "b"]).layer_sizes == (12, 5)
+    with pytest.raises(ValueError, match=r"'a\*c' matches no leaf"):
+        dm.layers_by_path(params, ["a*c", "/c"])
 
 
 def test_layers_are_hashable_and_equal_by_value():
@@ -80,16 +71,6 @@ def test_layers_are_hashable_and_equal_by_value():
     assert one == two
     assert hash(one) == hash(two)
     assert one != dm.layers_by_path(params, ["a", "b"])
-
-
-def test_the_table_shows_each_layer_with_its_share():
-    layers = dm.layers_by_path({"w": jnp.zeros((30, 100)), "v": jnp.zeros(1000)}, ["w", "v"])
-    assert str(layers).splitlines() == [
-        "depth  layer  leaves  parameters   share",
-        "    0  w           1       3,000   75.0%",
-        "    1  v           1       1,000   25.0%",
-        "       total       2       4,000  100.0%",
-    ]
 
 
 def owners(layers):
@@ -103,12 +84,7 @@ def test_groups_are_contiguous_and_of_similar_cost():
     grouped = layers.group(3)
     assert owners(grouped) == [0, 0, 0, 0, 1, 1, 1, 2]
     assert grouped.layer_sizes == (12, 9, 9)
-
-
-def test_groups_follow_given_costs():
-    layers = dm.layers_by_path([jnp.zeros(1)] * 4, ["0", "1", "2", "3"])
-    assert owners(layers.group(2, layer_costs=[1.0, 1.0, 1.0, 9.0])) == [0, 0, 0, 1]
-    assert layers.group(4).names == layers.names
+    assert layers.group(8).names == layers.names
     assert layers.group(1).num_layers == 1
 
 
@@ -125,49 +101,6 @@ def test_every_grouping_is_the_best_of_all_cuts():
             for j in range(i + 1, 6)
         )
         assert ours == best
-
-
-class LinenCNN(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for features in (4, 8, 6):
-            x = nn.relu(nn.Conv(features, (3, 3))(x))
-        return nn.Dense(3)(x.mean(axis=(1, 2)))
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        # Attribute names whose alphabetical order is not the forward order.
-        self.z_stem = nnx.Conv(1, 4, (3, 3), rngs=rngs)
-        self.m_norm = nnx.BatchNorm(4, rngs=rngs)
-        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
-        self.a_head = nnx.Linear(4, 2, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.m_norm(self.z_stem(x)).mean(axis=(1, 2))
-        for block in self.blocks:
-            x = nnx.relu(block(x))
-        return self.a_head(x)
-
-
-def test_tracing_finds_the_layers_of_a_linen_cnn():
-    model, x = LinenCNN(), jnp.zeros((2, 6, 6, 1))
-    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    layers = dm.trace_layers(lambda p, x: model.apply({"params": p}, x).sum(), params, x)
-    assert layers.names == ("Conv_0", "Conv_1", "Conv_2", "Dense_0")
-    assert layers == dm.layers_by_path(params, ["Conv_0", "Conv_1", "Conv_2", "Dense_0"])
-
-
-def test_tracing_and_patterns_agree_on_an_nnx_model():
-    graphdef, params, rest = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
-
-    def loss_fn(params, x):
-        return nnx.merge(graphdef, params, rest, copy=True)(x).sum()
-
-    layers = dm.trace_layers(loss_fn, params, jnp.zeros((2, 6, 6, 1)))
-    assert layers.names == ("z_stem", "m_norm", "blocks/0", "blocks/1", "a_head")
-    assert layers == dm.layers_by_path(params, layers.names)
-    assert jax.tree.structure(layers.mask(2)) == jax.tree.structure(params)
 
 
 def test_tracing_reports_a_tied_head_and_gives_it_to_the_shallowest_depth():
@@ -200,8 +133,8 @@ def test_a_leaf_beside_containers_is_a_layer_of_its_own():
     params = {"params": {"pos": jnp.zeros((5, 4)), "z": dense(4, 4), "scale": jnp.zeros(4)}}
 
     def loss_fn(params, x):
-        p = params["params"]
-        return jnp.sum((x + p["pos"]) @ p["z"]["kernel"] + p["z"]["bias"] * p["scale"])
+        pos, scale, z = (params["params"][name] for name in ("pos", "scale", "z"))
+        return jnp.sum((x + pos) @ z["kernel"] + z["bias"] * scale)
 
     layers = dm.trace_layers(loss_fn, params, jnp.zeros((5, 4)))
     assert layers.names == ("params/pos", "params/z", "params/scale")
@@ -217,19 +150,12 @@ def test_tracing_hands_keyword_arguments_over_untraced():
         dm.trace_layers(loss_fn, params, jnp.ones(3), train=False)
 
 
-def test_tracing_does_not_run_the_loss():
-    params = {"w": jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)}
-    x = jax.ShapeDtypeStruct((4, 10**6), jnp.float32)
-    layers = dm.trace_layers(lambda p, x: jnp.sum(x @ p["w"]), params, x)
-    assert layers.layer_sizes == (10**12,)
-
-
 # --- One layer for each module at a level ---------------------------------------------------------
 
 
 class Block(nnx.Module):
     def __init__(self, width, rngs):
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, width, decode=False, rngs=rngs)
         self.up = nnx.Linear(width, 2 * width, rngs=rngs)
         self.down = nnx.Linear(2 * width, width, rngs=rngs)
@@ -256,11 +182,11 @@ class Tower(nnx.Module):
 def tower_layers(**options):
     graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: Tower(nnx.Rngs(0))), nnx.Param, ...)
 
-    def loss_fn(params, tokens):
+    def loss_fn(params, rest, tokens):
         return nnx.merge(graphdef, params, rest, copy=True)(tokens).sum()
 
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    return params, dm.trace_layers(loss_fn, params, tokens, **options)
+    return params, dm.trace_layers(loss_fn, params, rest, tokens, **options)
 
 
 def test_a_level_gives_one_layer_for_each_block():
@@ -269,6 +195,7 @@ def test_a_level_gives_one_layer_for_each_block():
     # What lies less deep than the level has the layers it has without one.
     assert layers.names == ("z_embed", *blocks, "gain", "a_head")
     assert layers == dm.layers_by_path(params, layers.names)
+    assert jax.tree.structure(layers.mask(2)) == jax.tree.structure(params)
     # The norm of the next block is in the mask of the next block alone.
     assert "blocks/0/down/kernel" not in " ".join(active_paths(layers.mask(2)))
 
@@ -295,28 +222,3 @@ def test_a_level_keeps_the_order_and_the_reports_of_first_uses():
     layers = dm.trace_layers(loss_fn, params, jnp.ones((2, 3)), level=1)
     assert layers.names == ("b", "a")
     assert "'b/z/w' is used at depths 0, 1; it belongs to the shallowest, 0." in str(layers)
-
-
-@pytest.mark.parametrize(
-    ("level", "error", "match"),
-    [
-        (0, ValueError, "level must be at least 1, got 0"),
-        (True, TypeError, r"level must be a Python integer, got a truth value.*functools\.partial"),
-        (1.5, TypeError, r"level must be a Python integer, got 1\.5"),
-    ],
-)
-def test_a_level_is_a_positive_integer(level, error, match):
-    with pytest.raises(error, match=match):
-        dm.trace_layers(lambda p, x: jnp.sum(p["w"] * x), {"w": jnp.ones(2)}, 1.0, level=level)
-
-
-def test_a_mask_of_layers_from_another_tree_names_the_difference():
-    module, params = Affine(jnp.zeros(2), jnp.zeros(2)), {"weight": jnp.zeros(2)}
-    layers = dm.layers_by_path(params, ["weight"])
-    with pytest.raises(ValueError, match=r"'other' is in no layer.*with the leaves 'weight'"):
-        layers.rows_of({"other": jnp.zeros(2)})
-    with pytest.raises(ValueError, match=r"'weight' is in no layer.* whose containers differ"):
-        layers.rows_of(module)
-    listed = dm.layers_by_path([jnp.zeros(2)], ["0"])
-    with pytest.raises(ValueError, match="whose containers differ, such as a list from a dict"):
-        listed.rows_of({"0": jnp.zeros(2)})

@@ -56,56 +56,46 @@ ENTRANCES = {
 }
 
 STATE = "keep them beside the parameters"
-EQUINOX = "eqx.filter(model, eqx.is_inexact_array)"
 NNX = "nnx.state(module, nnx.Param)"
 
+NET = Net(nnx.Rngs(0))
+
 # What may be in the place of `stem`, what the message calls it, and the cure it names.
-LEAVES: dict[str, tuple[Any, str, str]] = {
-    "an integer table": (jnp.arange(3), "'stem' is an array of int32", STATE),
-    "a NumPy mask": (np.ones(3, bool), "'stem' is an array of bool", STATE),
-    "a count": (7, "'stem' is 7", STATE),
-    "a key": (jax.random.key(0), "'stem' is an array of key<fry>", STATE),
-    "a raw key": (jax.random.PRNGKey(0), "'stem' is an array of uint32", STATE),
-    "a Python float": (1.5, "'stem' is 1.5", "Make it an array, jnp.asarray(1.5)"),
-    "complex weights": (jnp.ones(2, jnp.complex64), "is an array of complex64", "real and imagin"),
-    "a function": (jax.nn.relu, "'stem' is a", EQUINOX),
-    "a name": ("gelu", "'stem' is 'gelu'", STATE),
-}
-
-
-def check(entrance, tree, *words):
-    with pytest.raises(TypeError, match="(?s)params.*" + ".*".join(map(re.escape, words))):
-        ENTRANCES[entrance](tree)
+BAD_LEAVES: list[tuple[Any, str, str]] = [
+    (jnp.arange(3), "'stem' is an array of int32", STATE),
+    (np.ones(3, bool), "'stem' is an array of bool", STATE),
+    (7, "'stem' is 7", STATE),
+    (jax.random.key(0), "'stem' is an array of key<fry>", STATE),
+    (jax.random.PRNGKey(0), "'stem' is an array of uint32", STATE),
+    (1.5, "'stem' is 1.5", "Make it an array, jnp.asarray(1.5)"),
+    (jnp.ones(2, jnp.complex64), "'stem' is an array of complex64", "real and imaginary part"),
+    (jax.nn.relu, "'stem' is a", "eqx.filter(model, eqx.is_inexact_array)"),
+    ("gelu", "'stem' is 'gelu'", STATE),
+    (NET, "holds the nnx.Module Net", NNX),
+]
+# The same of what may be in the place of the whole tree.
+BAD_TREES: list[tuple[Any, str, str]] = [
+    (NET, "holds the nnx.Module Net", NNX),
+    (nnx.state(NET), "'drop/rngs/count' is an nnx.RngCount, no parameter", NNX),
+    (nnx.state(NET, (nnx.Param, nnx.BatchStat)), "'norm/mean' is an nnx.BatchStat", NNX),
+    (
+        {"params": PARAMS, "batch_stats": {"mean": jnp.zeros(3)}},
+        *("holds 'batch_stats' beside 'params'", "variables['params']"),
+    ),
+]
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_a_leaf_that_is_not_trained_is_named_with_its_cure(entrance):
-    for leaf, kind, cure in LEAVES.values():
-        check(entrance, {"stem": leaf, "head": jnp.eye(3)}, kind, cure)
+def test_what_is_not_trained_is_named_with_its_cure(entrance):
+    trees = [({"stem": leaf, "head": jnp.eye(3)}, *words) for leaf, *words in BAD_LEAVES]
+    for tree, kind, cure in trees + BAD_TREES:
+        words = ".*".join(map(re.escape, (kind, cure)))
+        with pytest.raises(TypeError, match=f"(?s)params.*{words}"):
+            ENTRANCES[entrance](tree)
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
-def test_a_module_or_its_whole_state_in_the_place_of_its_parameters_is_named(entrance):
-    net = Net(nnx.Rngs(0))
-    check(entrance, net, "holds the nnx.Module Net", NNX)
-    check(entrance, {"net": net}, "holds the nnx.Module Net", NNX)
-    whole = nnx.state(net)
-    statistics = nnx.state(net, (nnx.Param, nnx.BatchStat))
-    check(entrance, whole, "'drop/rngs/count' is an nnx.RngCount, no parameter", NNX)
-    check(entrance, statistics, "'norm/mean' is an nnx.BatchStat, no parameter", NNX)
-
-
-def test_a_tree_like_an_equinox_model_is_named_with_its_filter():
-    # An Equinox module is a pytree whose leaves are arrays, functions and numbers.
-    model = [{"weight": jnp.ones((3, 4)), "bias": None}, jax.nn.relu, {"weight": jnp.ones((1, 3))}]
-    for call in (
-        lambda: dm.layers_by_path(model, ["0", "1", "2"]),
-        lambda: dm.muon(0.1, dimension_numbers="out_in").init(model),
-    ):
-        with pytest.raises(TypeError, match=r"leaf '1' is a .*eqx\.filter\(model, eqx\.is_inexact"):
-            call()
-    # What the filter leaves has None in their places, which are no leaves.
-    filtered = [model[0], None, model[2]]
+def test_none_in_the_place_of_what_a_filter_takes_out_is_no_leaf():
+    filtered = [{"weight": jnp.ones((3, 4)), "bias": None}, None, {"weight": jnp.ones((1, 3))}]
     assert dm.layers_by_path(filtered, ["0", "2"]).num_layers == 2
     dm.muon(0.1, dimension_numbers="out_in").init(filtered)
 
@@ -114,10 +104,3 @@ def test_a_tree_like_an_equinox_model_is_named_with_its_filter():
 def test_floating_point_arrays_of_every_kind_are_parameters(dtype):
     for make in (jnp.ones, np.ones, jax.ShapeDtypeStruct):
         assert dm.layers_by_path({"w": make((2, 2), dtype)}, ["w"]).num_layers == 1
-
-
-def test_parameters_of_nnx_are_parameters_alone():
-    params = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
-    layers = dm.layers_by_path(params, ["stem", "norm"])
-    state = dm.drop_muon(0.1, layers).init(params)
-    assert optax.tree.get(state, "momentum")["stem"]["kernel"].shape == (3, 3)

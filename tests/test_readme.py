@@ -5,18 +5,21 @@ from pathlib import Path
 
 import pytest
 
-# Each example runs for seconds, and compiles for longer.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"^### (.+?)$.*?^```python\n(.+?)^```", README.read_text(), re.M | re.S)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^### (.+?)$.*?^```python\n(.+?)^```", README, re.M | re.S)
 
 
 def test_every_python_block_of_the_readme_is_an_example():
-    assert len(EXAMPLES) == README.read_text().count("```python")
+    assert len(EXAMPLES) == README.count("```python")
 
 
-@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+@pytest.mark.parametrize(
+    ("title", "code"),
+    [
+        pytest.param(*example, id=example[0], marks=pytest.mark.deep if number > 1 else ())
+        for number, example in enumerate(EXAMPLES)
+    ],
+)
 def test_the_examples_of_the_readme_run(title, code):
     namespace = {}
     exec(compile(code, f"README.md, {title}", "exec"), namespace)

@@ -1,6 +1,10 @@
-"""A scan over stacked layers, differentiated from the last one down to a depth."""
+"""A scan over stacked layers, differentiated from the last one down to a depth.
+
+What it computes, keeps and visits is counted, not timed.
+"""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -9,8 +13,6 @@ import numpy as np
 import pytest
 
 import dropmuon_jax as dm
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NUM_LAYERS, BATCH, WIDTH = 3, 3, 5
 POLICIES = {
@@ -79,95 +81,65 @@ def expected_gradients(depth, scale=1.0):
     return unrolled(stack, scale * x, shared)
 
 
-@pytest.mark.parametrize(
-    ("policy", "is_traced"), [("inputs", True), ("products", True), ("inputs", False)]
-)
+def gradients_to(depth, *inputs, policy="inputs"):
+    return gradients(functools.partial(loss_to, depth, policy=POLICIES[policy]), *inputs)
+
+
+@pytest.mark.parametrize("policy", ["inputs", pytest.param("products", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("is_traced", [True, False])
 def test_gradients_are_those_of_layers_whose_predecessors_are_constants(policy, is_traced):
-    inputs = make_inputs()
-
-    def of_depth(depth, *inputs):
-        loss = functools.partial(loss_to, depth, policy=POLICIES[policy])
-        return gradients(loss, *inputs)
-
+    of_depth = functools.partial(gradients_to, policy=policy)
     of_depth = jax.jit(of_depth, static_argnums=() if is_traced else 0)
-    for depth in range(NUM_LAYERS + 1):
-        given = jnp.int32(depth) if is_traced else depth
-        actual = of_depth(given, *inputs)
-        chex.assert_trees_all_close(actual, expected_gradients(depth), rtol=2e-5, atol=2e-6)
-
-
-def test_active_rows_have_the_gradient_of_a_plain_scan_and_the_others_zero():
-    inputs = make_inputs()
-    of_depth = jax.jit(lambda depth: jax.grad(functools.partial(loss_to, depth))(*inputs))
-    plain = jax.jit(jax.grad(functools.partial(loss_of, jax.lax.scan)))(*inputs)
-    for depth in range(NUM_LAYERS + 1):
-        for name, grad in of_depth(jnp.int32(depth)).items():
-            np.testing.assert_allclose(grad[depth:], plain[name][depth:], rtol=2e-5, atol=2e-6)
-            assert not grad[:depth].any()
-    assert of_depth._cache_size() == 1
+    # A traced depth is clipped.
+    for depth in (-3, 0, 1, 2, 3, 99) if is_traced else range(NUM_LAYERS + 1):
+        actual = of_depth(jnp.int32(depth) if is_traced else depth, *make_inputs())
+        expected = expected_gradients(min(max(depth, 0), NUM_LAYERS))
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_outputs_are_those_of_a_plain_scan():
-    inputs = make_inputs()
-    rows = (inputs[0], DROPOUT_KEYS, POSITIONS)
-    init = (inputs[1], 0.0, 0)
-    f = functools.partial(layer, inputs[2])
-    expected = jax.jit(functools.partial(jax.lax.scan, f))(init, rows)
-    for depth in (0, 2, NUM_LAYERS, jnp.int32(2), jnp.int32(99)):
-        actual = jax.jit(functools.partial(dm.scan_layers, f, depth=depth))(init, rows)
+    stack, x, shared = make_inputs()
+    f, inputs = functools.partial(layer, shared), ((x, 0.0, 0), (stack, DROPOUT_KEYS, POSITIONS))
+    expected = jax.jit(functools.partial(jax.lax.scan, f))(*inputs)
+    for depth in (2, jnp.int32(2)):
+        actual = jax.jit(functools.partial(dm.scan_layers, f, depth=depth))(*inputs)
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-def test_a_traced_depth_is_clipped():
-    inputs = make_inputs()
-    grad = jax.jit(lambda depth: jax.grad(functools.partial(loss_to, depth))(*inputs))
-    chex.assert_trees_all_equal(grad(jnp.int32(-3)), grad(jnp.int32(0)))
-    assert not any(g.any() for g in grad(jnp.int32(NUM_LAYERS + 3)).values())
-
-
-@pytest.mark.parametrize("policy", ["inputs", "everything"])
+@pytest.mark.parametrize("policy", [pytest.param("inputs", marks=pytest.mark.deep), "everything"])
 def test_it_can_be_mapped_over_examples_and_over_depths(policy):
     stack, x, shared = make_inputs()
-    scale = jnp.array([1.0, -2.0])
+    scales, depths = jnp.array([1.0, -2.0]), jnp.arange(2)
 
-    def grad(scale, depth):
-        loss = functools.partial(loss_to, depth, policy=POLICIES[policy])
-        return gradients(loss, stack, scale * x, shared)
+    def of_both(scale, depth):
+        return gradients_to(depth, stack, scale * x, shared, policy=policy)
 
-    mapped = jax.jit(jax.vmap(grad, (0, None)))(scale, jnp.int32(1))
-    over_depths = jax.jit(jax.vmap(grad, (None, 0)))(1.0, jnp.arange(3))
-    for i in range(2):
-        for actual, expected in (
-            (mapped, expected_gradients(1, float(scale[i]))),
-            (over_depths, expected_gradients(i)),
-        ):
-            row = jax.tree.map(lambda leaf, i=i: leaf[i], actual)
-            chex.assert_trees_all_close(row, expected, rtol=2e-5, atol=5e-6)
+    mapped = jax.jit(jax.vmap(jax.vmap(of_both, (0, None)), (None, 0)))(scales, depths)
+    for depth, scale in itertools.product(range(2), range(2)):
+        actual = jax.tree.map(lambda leaf, at=(depth, scale): leaf[at], mapped)
+        expected = expected_gradients(depth, float(scales[scale]))
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=5e-6)
 
 
+@pytest.mark.deep
 def test_it_can_be_rematerialized_as_a_whole():
-    inputs = make_inputs()
-
-    def grad(depth):
-        return gradients(jax.checkpoint(functools.partial(loss_to, depth)), *inputs)
-
-    actual = jax.jit(grad)(jnp.int32(2))
+    loss = jax.checkpoint(functools.partial(loss_to, jnp.int32(2)))
+    actual = jax.jit(functools.partial(gradients, loss))(*make_inputs())
     chex.assert_trees_all_close(actual, expected_gradients(2), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.deep
 def test_half_precision_keeps_its_dtypes_and_the_values_of_a_plain_scan():
     inputs = make_inputs(jnp.bfloat16)
-    plain = jax.jit(lambda *inputs: gradients(functools.partial(loss_of, jax.lax.scan), *inputs))
-    ours = jax.jit(lambda depth, *inputs: gradients(functools.partial(loss_to, depth), *inputs))
+    plain = jax.jit(functools.partial(gradients, functools.partial(loss_of, jax.lax.scan)))
     value, expected = plain(*inputs)
-    for depth in (0, 2):
-        actual_value, actual = ours(jnp.int32(depth), *inputs)
-        chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-        assert float(actual_value) == pytest.approx(float(value), rel=0.02)
-        for name, grad in actual[0].items():
-            rows = np.asarray(grad[depth:], np.float32), np.asarray(expected[0][name][depth:])
-            np.testing.assert_allclose(rows[0], rows[1].astype(np.float32), rtol=0.1, atol=0.05)
-            assert not grad[:depth].any()
+    actual_value, actual = jax.jit(gradients_to)(jnp.int32(2), *inputs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    assert float(actual_value) == pytest.approx(float(value), rel=0.02)
+    for name, grad in actual[0].items():
+        active, of_plain = grad[2:].astype(float), expected[0][name][2:].astype(float)
+        np.testing.assert_allclose(active, of_plain, rtol=0.1, atol=0.05)
+        assert not grad[:2].any()
 
 
 def test_integers_and_strongly_typed_numbers_pass_through_the_carry_as_in_lax_scan():
@@ -180,32 +152,22 @@ def test_integers_and_strongly_typed_numbers_pass_through_the_carry_as_in_lax_sc
         assert (float(total), int(count)) == (0.75, 2)
 
 
-def test_a_static_depth_can_be_differentiated_twice_and_forwards():
+@pytest.mark.parametrize("depth", [1, pytest.param(jnp.int32(1), id="array")])
+def test_a_depth_that_is_known_can_be_differentiated_twice(depth):
+    """Outside of jit an array is known too; a static depth has derivatives forwards as well."""
     stack = jnp.array([2.0, 3.0, 5.0])
 
     def loss(stack):
-        return dm.scan_layers(lambda c, w: (c * w, None), 1.0, stack, depth=1)[0]
+        return dm.scan_layers(lambda c, w: (c * w, None), 1.0, stack, depth=depth)[0]
 
-    np.testing.assert_allclose(jax.hessian(loss)(stack), [[0, 0, 0], [0, 0, 2], [0, 2, 0]])
-    _, tangent = jax.jvp(loss, (stack,), (jnp.ones(3),))
-    assert tangent == 2 * 5 + 2 * 3
-
-
-def test_a_second_derivative_outside_of_jit_is_that_of_a_static_depth():
-    stack = jnp.array([2.0, 3.0, 5.0])
-
-    def hessian_vector_product(depth):
-        def loss(stack):
-            return dm.scan_layers(lambda c, w: (c * w, None), 1.0, stack, depth=depth)[0] ** 2
-
-        return jax.grad(lambda stack: jax.grad(loss)(stack) @ jnp.arange(1.0, 4.0))(stack)
-
-    for depth in range(4):
-        traced = hessian_vector_product(jnp.int32(depth))
-        np.testing.assert_allclose(traced, hessian_vector_product(depth), rtol=1e-6)
+    hessian = jax.jacrev(jax.grad(loss))(stack)
+    np.testing.assert_allclose(hessian, [[0, 0, 0], [0, 0, 2], [0, 2, 0]])
+    if isinstance(depth, int):
+        _, tangent = jax.jvp(loss, (stack,), (jnp.ones(3),))
+        assert tangent == 2 * 5 + 2 * 3
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint32])
 def test_any_integer_is_a_depth(dtype):
     stack = jnp.ones((200, 1))
     layers = dm.layers_by_path({"w": stack}, [dm.stacked("w")])
@@ -220,31 +182,69 @@ def test_any_integer_is_a_depth(dtype):
     assert jax.jit(active_rows)(jnp.asarray(100, dtype)) == (100, 100)
 
 
-def test_it_runs_on_a_mesh_with_explicit_axes_and_in_shard_map():
-    """On one device: that the types of loops fit."""
-    stack, x = jnp.ones((NUM_LAYERS, 3, 3)) / 3, jnp.ones((2, 3))
+# --- What is computed and kept --------------------------------------------------------------------
 
-    def loss(stack, x, depth):
-        def f(x, w):
-            return jnp.tanh(x @ w), x.sum()
 
-        x, sums = dm.scan_layers(f, x, stack, depth=depth)
-        return (x**2).sum() + sums.sum()
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_the_backward_pass_visits_active_layers_only(is_traced):
+    visits = []
 
-    spec = jax.sharding.PartitionSpec
-    expected = jax.grad(loss)(stack, x, 1)
-    auto = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    mapped = jax.shard_map(
-        lambda stack, x, depth: jax.grad(lambda stack: jax.lax.psum(loss(stack, x, depth), "data"))(
-            stack
-        ),
-        mesh=auto,
-        in_specs=(spec(), spec("data"), spec()),
-        out_specs=spec(),
+    @jax.custom_vjp
+    def observed(x):
+        return x
+
+    def backward(_, ct):
+        jax.debug.callback(lambda: visits.append("backward"))
+        return (ct,)
+
+    observed.defvjp(lambda x: (x, None), backward)
+
+    def loss(stack, depth):
+        f = lambda carry, w: (observed(jnp.tanh(carry * w)), None)  # noqa: E731
+        return dm.scan_layers(f, 0.5, stack, depth=depth)[0]
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=() if is_traced else 1)
+    for depth in range(NUM_LAYERS + 1):
+        visits.clear()
+        stack = jnp.linspace(0.5, 1.5, NUM_LAYERS)
+        jax.block_until_ready(gradient(stack, jnp.int32(depth) if is_traced else depth))
+        jax.effects_barrier()
+        assert len(visits) == NUM_LAYERS - depth
+
+
+def test_memory_is_that_of_a_rematerialized_scan():
+    def f(x, w):
+        return x + jnp.tanh(jnp.tanh(x @ w) @ w.T), None
+
+    def temporary_bytes(scan):
+        def gradient(stack, x, depth):
+            return jax.grad(lambda stack: jnp.mean(scan(f, x, stack, depth)[0] ** 2))(stack)
+
+        arguments = jnp.ones((24, 32, 64)), jnp.ones((16, 32)), jnp.int32(0)
+        compiled = jax.jit(gradient).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temporary_bytes(lambda *args: dm.scan_layers(*args[:3], depth=args[3]))
+    plain = temporary_bytes(lambda f, *args: jax.lax.scan(f, *args[:2]))
+    rematerialized = temporary_bytes(
+        lambda f, *args: jax.lax.scan(jax.checkpoint(f, prevent_cse=False), *args[:2])
     )
-    np.testing.assert_allclose(jax.jit(mapped)(stack, x, jnp.int32(1)), expected, rtol=1e-6)
-    explicit = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(explicit):
-        sharding = jax.sharding.NamedSharding(explicit, spec("data"))
-        grad = jax.jit(jax.grad(loss))(stack, jax.device_put(x, sharding), jnp.int32(1))
-    np.testing.assert_allclose(grad, expected, rtol=1e-6)
+    assert ours <= 1.02 * rematerialized < plain
+
+
+def test_nothing_is_differentiated_that_nobody_asks_for():
+    """A closed-over matrix and the rows of a frozen stack cost no product in the backward pass."""
+    w, frozen, shared = jnp.ones((4, 8, 8)), jnp.ones((4, 8, 8)), jnp.ones((8, 8))
+
+    def loss(w, frozen, shared, depth):
+        def f(x, row):
+            return jnp.tanh(x @ row[0]) @ row[1] @ shared, None
+
+        return jnp.sum(dm.scan_layers(f, jnp.ones((2, 8)), (w, frozen), depth=depth)[0])
+
+    def products(argnums):
+        compiled = jax.jit(jax.grad(loss, argnums)).lower(w, frozen, shared, jnp.int32(0)).compile()
+        return compiled.as_text().count(" dot(")
+
+    # Their gradients, and the input of `shared`, which only its gradient needs again.
+    assert products(0) == products((0, 1, 2)) - 3

@@ -10,24 +10,23 @@ import optax
 import pytest
 
 import dropmuon_jax as dm
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from meshes import graded
 
 NUM_ROWS, WIDTH = 3, 4
 KEYS = jax.random.split(jax.random.key(3), 6)
 X = jax.random.normal(KEYS[4], (8, 3))
-DEPTHS = (2, 0, 2, 0, 2)
 
 
-def make_stacked(dtype=jnp.float32):
+def make_stacked(num_rows=NUM_ROWS):
+    """In the widest floating-point numbers."""
     return {
-        "embed": jax.random.normal(KEYS[0], (3, WIDTH), dtype),
+        "embed": jax.random.normal(KEYS[0], (3, WIDTH)),
         "blocks": {
-            "kernel": jax.random.normal(KEYS[1], (NUM_ROWS, WIDTH, 6), dtype),
-            "out": jax.random.normal(KEYS[2], (NUM_ROWS, 6, WIDTH), dtype),
-            "bias": 0.1 * jax.random.normal(KEYS[3], (NUM_ROWS, 6), dtype),
+            "kernel": jax.random.normal(KEYS[1], (num_rows, WIDTH, 6)),
+            "out": jax.random.normal(KEYS[2], (num_rows, 6, WIDTH)),
+            "bias": 0.1 * jax.random.normal(KEYS[3], (num_rows, 6)),
         },
-        "head": jax.random.normal(KEYS[5], (WIDTH, 2), dtype),
+        "head": jax.random.normal(KEYS[5], (WIDTH, 2)),
     }
 
 
@@ -50,7 +49,8 @@ def block(x, row):
     return x + jnp.tanh(x @ row["kernel"] + row["bias"]) @ row["out"], None
 
 
-def stacked_loss(params, x, depth):
+def stacked_loss(params, x, depth, layers=LAYERS):
+    depth = layers.stack_depth(depth)
     x, _ = dm.scan_layers(block, x @ params["embed"], params["blocks"], depth=depth)
     return jnp.mean((x @ params["head"] - 1) ** 2)
 
@@ -64,7 +64,7 @@ def separate_loss(params, x):
 
 RADII = {"hidden": 2.0, "head": 3.0, "bias": 0.5, "embedding": 1.5}
 # Few steps of the iteration, of which each is a larger program to compile.
-KERNEL = dm.orthogonalize.newton_schulz(num_steps=2)
+KERNEL = dm.orthogonalize.newton_schulz(num_steps=1)
 OPTIMIZERS = {
     "drop_muon": lambda layers: dm.drop_muon(
         optax.linear_schedule(0.1, 0.01, 8),
@@ -79,12 +79,7 @@ OPTIMIZERS = {
         layers,
         momentum=dm.mvr_momentum(0.7, variant=2, on_reactivate="decay"),
         orthogonalize=KERNEL,
-    ),
-    "drop_muon_with_mars": lambda layers: dm.drop_muon(
-        0.05,
-        layers,
-        momentum=dm.transforms.mars_momentum(0.8, max_norm=0.1),
-        orthogonalize=KERNEL,
+        weight_decay=0.1,
     ),
     "drop_scion": lambda layers: dm.drop_scion(
         0.1,
@@ -92,66 +87,44 @@ OPTIMIZERS = {
         RADII,
         norms={"hidden": dm.norms.spectral_norm("muon", orthogonalize=KERNEL)},
     ),
-    "drop_gluon": lambda layers: dm.drop_gluon(
-        dm.schedules.gluon_radius(0.1), layers, dict.fromkeys(dm.layers.ROLES, 1.0)
-    ),
 }
 
 
-def take_step(tx, loss_fn, params, opt_state, mask, *args):
-    if optax.tree.get_all_with_path(opt_state, "PrevParamsState"):
-        _, (grads, prev_grads) = dm.masked_value_and_grad_pair(loss_fn)(
-            params, dm.prev_params(opt_state, params), *args, layer_mask=mask
-        )
-        extra_args = {"prev_params_grads": prev_grads}
-    else:
-        _, grads = dm.masked_value_and_grad(loss_fn)(params, *args, layer_mask=mask)
-        extra_args = {}
-    updates, opt_state = tx.update(grads, opt_state, params, layer_mask=mask, **extra_args)
-    return optax.apply_updates(params, updates), opt_state
+# With seeds of which layers step again after they were frozen.
+DEPTHS, PAIRS = dm.fixed_depth([0.5, 0, 0.5, 0, 0]), dm.sampling.fixed_size_subsets(2)
+RUNS = {name: (make, DEPTHS, 9) for name, make in OPTIMIZERS.items()} | {
+    "drop_muon, pairs of layers": (OPTIMIZERS["drop_muon"], PAIRS, 7)
+}
 
 
-def stacked_step(tx, params, opt_state, depth):
-    mask = LAYERS.mask(depth)
-    return take_step(tx, stacked_loss, params, opt_state, mask, X, LAYERS.stack_depth(depth))
+@pytest.mark.parametrize(
+    ("make", "distribution", "seed"),
+    graded(RUNS, "drop_muon_with_mvr", "drop_muon, pairs of layers"),
+)
+def test_a_stack_trains_in_one_program_as_separate_layers_do(make, distribution, seed):
+    def run(loss_fn, layers, params):
+        """The parameters after each step."""
+        tx, sampler = make(layers), dm.DepthSampler(layers, distribution, seed=seed)
+        step_fn, seen = dm.train_step(loss_fn, tx, sampler, donate=False), []
+        opt_state = tx.init(params)
+        if layers.stacks:
+            step_fn.compile(params, opt_state, X, progress=lambda *p: seen.append(p))
+            assert seen == [(1, 1)]
+        for step in range(5):
+            params, opt_state, _ = step_fn(step, params, opt_state, X)
+            yield params
+        assert step_fn._jitted._cache_size() == 1 or not layers.stacks
 
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_traced_depth_trains_as_static_depths_of_separate_layers_do(name):
     with jax.enable_x64(True):
-        tx, separate_tx = OPTIMIZERS[name](LAYERS), OPTIMIZERS[name](SEPARATE)
-        step = jax.jit(functools.partial(stacked_step, tx))
-
-        @functools.partial(jax.jit, static_argnums=2)
-        def separate_step(params, opt_state, depth):
-            mask = SEPARATE.mask(depth)
-            return take_step(separate_tx, separate_loss, params, opt_state, mask, X)
-
-        params = make_stacked(jnp.float64)
-        separate = unstack(params)
-        opt_state, separate_state = tx.init(params), separate_tx.init(separate)
-        for depth in DEPTHS:
-            params, opt_state = step(params, opt_state, jnp.int32(depth))
-            separate, separate_state = separate_step(separate, separate_state, depth)
-            chex.assert_trees_all_close(params, stack(separate), rtol=1e-9, atol=1e-9)
-        assert step._cache_size() == 1
+        params = make_stacked()
+        stacked = run(stacked_loss, LAYERS, params)
+        separate = run(separate_loss, SEPARATE, unstack(params))
+        for ours, theirs in zip(stacked, separate, strict=True):
+            chex.assert_trees_all_close(ours, stack(theirs), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["drop_muon", "drop_scion"])
-def test_a_static_depth_trains_as_a_traced_one_does(name):
-    tx = OPTIMIZERS[name](LAYERS)
-    traced = jax.jit(functools.partial(stacked_step, tx))
-    static = jax.jit(functools.partial(stacked_step, tx), static_argnums=2)
-    params = make_stacked()
-    opt_state = tx.init(params)
-    for depth in (2, 3):
-        expected = static(params, opt_state, depth)
-        params, opt_state = traced(params, opt_state, jnp.int32(depth))
-        chex.assert_trees_all_close((params, opt_state), expected, rtol=1e-4, atol=1e-5)
-
-
-def leaves_of_rows(tree, rows):
-    """The bytes of rows of the leaves of float arrays that have NUM_ROWS of them."""
+def bytes_of_rows(tree, rows):
+    """Of the leaves of arrays that have NUM_ROWS of them."""
     return [
         np.asarray(leaf)[rows].tobytes()
         for leaf in jax.tree.leaves(tree)
@@ -159,22 +132,12 @@ def leaves_of_rows(tree, rows):
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "is_traced"),
-    [
-        ("drop_muon", True),
-        ("drop_muon", False),
-        ("drop_muon_with_mvr", True),
-        ("drop_muon_with_mars", True),
-        ("drop_scion", True),
-    ],
-)
-def test_inactive_rows_keep_every_bit_of_parameters_and_state(name, is_traced):
-    tx = OPTIMIZERS[name](LAYERS)
-    params = make_stacked() | {"embed": jnp.full((3, WIDTH), -0.0)}
-    opt_state = tx.init(params)
+@pytest.mark.parametrize("make", graded(OPTIMIZERS, "drop_muon_with_mvr"))
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_inactive_rows_keep_every_bit_of_parameters_and_state(make, is_traced):
+    tx, params = make(LAYERS), make_stacked() | {"embed": jnp.full((3, WIDTH), -0.0)}
     grads = jax.tree.map(jnp.sin, params)  # not zero anywhere: the mask alone freezes
-    kwargs = {"prev_params_grads": grads} if "mvr" in name else {}
+    kwargs = {"prev_params_grads": grads}
 
     def step(params, opt_state, depth):
         mask = LAYERS.mask(depth)
@@ -182,83 +145,69 @@ def test_inactive_rows_keep_every_bit_of_parameters_and_state(name, is_traced):
         return optax.apply_updates(params, updates), opt_state
 
     step = jax.jit(step, static_argnums=() if is_traced else 2)
-    depth = 3  # one row of three is active, the embedding is not
-    params, opt_state = step(params, opt_state, jnp.int32(0) if is_traced else 0)
-    new, new_state = step(params, opt_state, jnp.int32(depth) if is_traced else depth)
+    first, depth = (jnp.int32(0), jnp.int32(3)) if is_traced else (0, 3)
+    params, opt_state = step(params, tx.init(params), first)
+    new, new_state = step(params, opt_state, depth)  # one row of three, not the embedding
     for before, after in ((params, new), (opt_state, new_state)):
-        assert leaves_of_rows(before, slice(0, 2)) == leaves_of_rows(after, slice(0, 2))
-    assert leaves_of_rows(params, slice(2, 3)) != leaves_of_rows(new, slice(2, 3))
-    assert np.asarray(params["embed"]).tobytes() == np.asarray(new["embed"]).tobytes()
+        assert bytes_of_rows(before, slice(0, 2)) == bytes_of_rows(after, slice(0, 2))
+    assert bytes_of_rows(params, slice(2, 3)) != bytes_of_rows(new, slice(2, 3))
+    assert params["embed"].tobytes() == new["embed"].tobytes()
 
 
-@pytest.mark.parametrize("depth", range(NUM_ROWS + 2))
 @pytest.mark.parametrize("is_traced", [True, False])
-def test_only_active_rows_are_orthogonalized(depth, is_traced):
+def test_inactive_rows_of_a_plain_scan_have_no_gradient(is_traced):
+    def loss_fn(params):
+        return jnp.sum(jax.lax.scan(block, X @ params["embed"], params["blocks"])[0] ** 2)
+
+    def gradient(depth):
+        mask = LAYERS.mask(depth)
+        return dm.masked_value_and_grad(loss_fn)(make_stacked(), layer_mask=mask)[1]["blocks"]
+
+    plain = jax.grad(loss_fn)(make_stacked())["blocks"]
+    masked = jax.jit(gradient, static_argnums=() if is_traced else 0)(3)
+    for name, grad in masked.items():
+        assert not grad[:2].any()
+        np.testing.assert_allclose(grad[2], plain[name][2], rtol=1e-5)
+
+
+def test_a_plain_optimizer_moves_no_inactive_row():
+    tx, params = optax.adamw(0.1, weight_decay=0.1), make_stacked()
+    sampler = dm.DepthSampler(LAYERS, dm.fixed_depth([0, 0, 0, 1, 0]), seed=0)
+    step_fn = dm.train_step(stacked_loss, tx, sampler, donate=False)
+    new, _, _ = step_fn(0, params, tx.init(params), X)
+    assert bytes_of_rows(new, slice(0, 2)) == bytes_of_rows(params, slice(0, 2))
+    assert (new["blocks"]["out"][2] != params["blocks"]["out"][2]).all()
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_only_active_rows_are_orthogonalized(is_traced):
+    params = make_stacked()
+    params["blocks"].pop("bias")
+    layers = dm.layers_by_path(params, ["embed", dm.stacked("blocks"), "head"])
     shapes = []
 
     def observed(stack):
         jax.debug.callback(lambda: shapes.append(stack.shape))
         return stack
 
-    tx = optax.chain(
-        dm.per_layer(
-            optax.chain(dm.momentum(), dm.norm_lmo(dm.norms.spectral_norm(orthogonalize=observed))),
-            KERNEL_LAYERS,
-            takes_mask=True,
-        ),
-        dm.layer_mask_sampler(KERNEL_LAYERS, dm.uniform_depth(), seed=0),
+    lmo = dm.norm_lmo(dm.norms.spectral_norm(orthogonalize=observed))
+    tx = dm.per_layer(optax.chain(dm.momentum(), lmo), layers, takes_mask=True)
+    opt_state = tx.init(params)
+    update = jax.jit(
+        lambda depth: tx.update(params, opt_state, layer_mask=layers.mask(depth)),
+        static_argnums=() if is_traced else 0,
     )
-    opt_state = tx.init(KERNELS)
-
-    def update(depth):
-        return tx.update(KERNELS, opt_state, layer_mask=KERNEL_LAYERS.mask(depth))
-
-    if is_traced:
-        update, depth_given = jax.jit(update), jnp.int32(depth)
-    else:
-        update, depth_given = jax.jit(update, static_argnums=0), depth
-    jax.block_until_ready(update(depth_given))
-    jax.effects_barrier()
-    active_rows = min(NUM_ROWS, NUM_ROWS + 1 - depth)
-    is_embed_active = depth == 0
-    # The two kernels of a row have one shape, transposed, and pass together.
-    assert sorted(shapes) == sorted(
-        [(2, WIDTH, 6)] * active_rows + [(1, 2, WIDTH)] + [(1, 3, WIDTH)] * is_embed_active
-    )
-
-
-KERNELS = make_stacked()
-KERNELS = KERNELS | {"blocks": {name: KERNELS["blocks"][name] for name in ("kernel", "out")}}
-KERNEL_LAYERS = dm.layers_by_path(KERNELS, ["embed", dm.stacked("blocks"), "head"])
-
-
-def test_a_subset_of_rows_steps_alone():
-    """With a distribution over subsets, drawn on the device."""
-    sampler = dm.layer_mask_sampler(LAYERS, dm.sampling.fixed_size_subsets(2), seed=1)
-    inner = dm.per_layer(optax.scale_by_adam(), LAYERS)
-    tx = optax.chain(inner, optax.scale(-0.1), sampler)
-    params = make_stacked()
-
-    @jax.jit
-    def update(count):
-        active = jnp.asarray(sampler.draws.subsets)[sampler.sample(count)]
-        updates, _ = tx.update(params, tx.init(params), layer_mask=LAYERS.subset(active))
-        return active, updates
-
-    for step in range(4):
-        active, updates = update(step)
-        assert tuple(active.tolist()) == sampler.active(step)
-        moved = [
-            bool(updates["embed"].any()),
-            *(bool(row.any()) for row in updates["blocks"]["kernel"]),
-            bool(updates["head"].any()),
-        ]
-        assert moved == active.tolist()
+    for depth in range(NUM_ROWS + 2):
+        shapes.clear()
+        jax.block_until_ready(update(jnp.int32(depth) if is_traced else depth))
+        jax.effects_barrier()
+        # The two kernels of a row have one shape, transposed, and pass together.
+        of_rows = [(2, WIDTH, 6)] * min(NUM_ROWS, NUM_ROWS + 1 - depth)
+        assert sorted(shapes) == sorted([*of_rows, (1, 2, WIDTH)] + [(1, 3, WIDTH)] * (depth == 0))
 
 
 def test_adam_counts_the_own_steps_of_each_row():
-    tx = dm.per_layer(optax.scale_by_adam(), LAYERS)
-    params = make_stacked()
+    tx, params = dm.per_layer(optax.scale_by_adam(), LAYERS), make_stacked()
     state = tx.init(params)
     update = jax.jit(lambda state, depth: tx.update(params, state, layer_mask=LAYERS.mask(depth)))
     for depth in (0, 2, 3, 4):
@@ -267,103 +216,22 @@ def test_adam_counts_the_own_steps_of_each_row():
     assert (embed, blocks, head) == (1, [1, 2, 3], 4)
 
 
-def test_a_whole_run_is_one_program_and_learns():
-    """Steps in a `lax.scan`, each with a depth drawn on the device."""
-    tx = dm.drop_muon(0.05, LAYERS)
-    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0)
-
-    def step(carry, count):
-        params, opt_state = carry
-        depth = sampler.sample(count)
-        carry = stacked_step(tx, params, opt_state, depth)
-        return carry, (stacked_loss(params, X, 0), depth)
-
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(40)))
-    params = make_stacked()
-    _, (losses, depths) = run(params)
-    assert losses[-1] < 0.3 * losses[0]
-    assert depths.tolist() == [sampler.depth(step) for step in range(40)]
-    assert run._cache_size() == 1
-
-    host = jax.jit(functools.partial(stacked_step, tx))
-    opt_state = tx.init(params)
-    for count in range(3):
-        np.testing.assert_allclose(stacked_loss(params, X, 0), losses[count], rtol=1e-4)
-        params, opt_state = host(params, opt_state, jnp.int32(sampler.depth(count)))
-    assert host._cache_size() == 1
-
-
-def test_the_program_of_the_optimizer_does_not_grow_with_the_layers():
+def test_the_program_of_a_step_does_not_grow_with_the_layers():
     def num_lines(num_rows):
-        params = {"blocks": {"kernel": jnp.ones((num_rows, 8, 8)), "bias": jnp.ones((num_rows, 8))}}
-        layers = dm.layers_by_path(params, [dm.stacked("blocks")])
-        tx = dm.drop_muon(0.1, layers)
+        params = make_stacked(num_rows)
+        layers = dm.layers_by_path(params, ["embed", dm.stacked("blocks"), "head"])
+        tx = OPTIMIZERS["drop_muon"](layers)
 
-        def update(state, depth):
-            return tx.update(params, state, params, layer_mask=layers.mask(depth))
+        def step(params, opt_state, depth):
+            mask = layers.mask(depth)
+            gradient = dm.masked_value_and_grad(functools.partial(stacked_loss, layers=layers))
+            _, grads = gradient(params, X, depth, layer_mask=mask)
+            return tx.update(grads, opt_state, params, layer_mask=mask)
 
-        lowered = jax.jit(update).lower(tx.init(params), jnp.int32(0))
+        lowered = jax.jit(step).lower(params, tx.init(params), jnp.int32(0))
         return len(lowered.as_text().splitlines())
 
     assert num_lines(4) == pytest.approx(num_lines(40), abs=2)
-
-
-@pytest.mark.parametrize("depth", range(NUM_ROWS + 2))
-def test_masks_of_stacks_say_which_rows_are_active(depth):
-    rows = [row + 1 >= depth for row in range(NUM_ROWS)]
-    static, traced = LAYERS.mask(depth), LAYERS.mask(jnp.int32(depth))
-    assert static["embed"] is (depth == 0)
-    assert static["head"] is traced["head"] is True
-    assert bool(traced["embed"]) is (depth == 0)
-    kernel = static["blocks"]["kernel"]
-    assert kernel is rows[0] if len(set(rows)) == 1 else kernel.tolist() == rows
-    assert traced["blocks"]["kernel"].tolist() == rows
-    assert LAYERS.stack_depth(depth) == int(LAYERS.stack_depth(jnp.int32(depth)))
-    assert LAYERS.stack_depth(depth) == NUM_ROWS - sum(rows)
-
-
-def test_layers_know_their_stacks():
-    assert LAYERS.names == ("embed", "blocks[0]", "blocks[1]", "blocks[2]", "head")
-    row = WIDTH * 6 * 2 + 6
-    assert LAYERS.layer_sizes == (3 * WIDTH, row, row, row, WIDTH * 2)
-    assert hash(LAYERS) == hash(
-        dm.layers_by_path(make_stacked(), ["embed", dm.stacked("blocks"), "head"])
-    )
-    shapes = LAYERS.row_shapes(make_stacked())
-    assert shapes["blocks"]["kernel"].shape == (WIDTH, 6)
-    assert shapes["embed"].shape == (3, WIDTH)
-
-
-def test_grouped_stacks_are_masked_by_group():
-    grouped = LAYERS.group(2, layer_costs=[1, 1, 1, 1, 2])
-    assert grouped.names == ("embed … blocks[1]", "blocks[2] … head")
-    mask = grouped.mask(1)
-    assert mask["embed"] is False
-    assert mask["head"] is True
-    assert mask["blocks"]["bias"].tolist() == [False, False, True]
-    assert grouped.stack_depth(1) == 2
-    assert grouped.stack_depth(jnp.int32(1)) == 2
-
-
-def test_several_stacks_stand_in_one_order():
-    params = {
-        "encoder": {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4))},
-        "decoder": jnp.ones((3, 5)),
-    }
-    layers = dm.layers_by_path(
-        params, [dm.stacked("encoder/a", "encoder/b"), dm.stacked("decoder")]
-    )
-    assert layers.num_layers == 5
-    assert [layers.stack_depth(depth, "decoder") for depth in range(5)] == [0, 0, 0, 1, 2]
-    assert [layers.stack_depth(d, "encoder/a + encoder/b") for d in range(5)] == [0, 1, 2, 2, 2]
-
-
-def test_scion_starts_each_row_on_its_own_ball():
-    drawn = dm.optimizers.scion_init(jax.random.key(0), make_stacked(), RADII, layers=LAYERS)
-    for row in drawn["blocks"]["out"]:
-        factor = dm.optimizers.ROLE_NORMS["hidden"].norm(row)
-        np.testing.assert_allclose(factor, RADII["hidden"], rtol=1e-4)
-    assert not jnp.allclose(drawn["blocks"]["out"][0], drawn["blocks"]["out"][1])
 
 
 def test_no_turn_of_the_loop_copies_the_whole_stack():
@@ -382,3 +250,58 @@ def test_no_turn_of_the_loop_copies_the_whole_stack():
     for body in loops:
         assert "f32[7,8,8]{2,1,0} copy(" not in body
         assert "f32[7,8,2]{2,1,0} copy(" not in body
+
+
+# --- What layers know of their stacks -------------------------------------------------------------
+
+
+def test_masks_of_stacks_say_which_rows_are_active():
+    for depth in range(NUM_ROWS + 2):
+        rows = [row + 1 >= depth for row in range(NUM_ROWS)]
+        static, traced = LAYERS.mask(depth), LAYERS.mask(jnp.int32(depth))
+        assert static["embed"] is (depth == 0)
+        assert static["head"] is traced["head"] is True
+        assert bool(traced["embed"]) is (depth == 0)
+        kernel = static["blocks"]["kernel"]
+        assert kernel is rows[0] if len(set(rows)) == 1 else kernel.tolist() == rows
+        assert traced["blocks"]["kernel"].tolist() == rows
+        num_inactive = NUM_ROWS - sum(rows)
+        assert LAYERS.stack_depth(depth) == LAYERS.stack_depth(jnp.int32(depth)) == num_inactive
+
+
+def test_layers_know_their_stacks():
+    assert LAYERS.names == ("embed", "blocks[0]", "blocks[1]", "blocks[2]", "head")
+    row = WIDTH * 6 * 2 + 6
+    assert LAYERS.layer_sizes == (3 * WIDTH, row, row, row, WIDTH * 2)
+    again = dm.layers_by_path(make_stacked(), ["embed", dm.stacked("blocks"), "head"])
+    assert hash(LAYERS) == hash(again)
+    shapes = LAYERS.row_shapes(make_stacked())
+    assert shapes["blocks"]["kernel"].shape == (WIDTH, 6)
+    assert shapes["embed"].shape == (3, WIDTH)
+
+
+def test_grouped_stacks_are_masked_by_group():
+    grouped = LAYERS.group(2, layer_costs=[1, 1, 1, 1, 2])
+    assert grouped.names == ("embed … blocks[1]", "blocks[2] … head")
+    mask = grouped.mask(1)
+    assert (mask["embed"], mask["head"]) == (False, True)
+    assert mask["blocks"]["bias"].tolist() == [False, False, True]
+    assert grouped.stack_depth(1) == grouped.stack_depth(jnp.int32(1)) == 2
+
+
+def test_several_stacks_stand_in_one_order():
+    a, b, decoder = (jnp.ones((num_rows, 3)) for num_rows in (2, 2, 3))
+    params = {"encoder": {"a": a, "b": b}, "decoder": decoder}
+    stacks = [dm.stacked("encoder/a", "encoder/b"), dm.stacked("decoder")]
+    layers = dm.layers_by_path(params, stacks)
+    assert layers.num_layers == 5
+    assert [layers.stack_depth(depth, "decoder") for depth in range(5)] == [0, 0, 0, 1, 2]
+    assert [layers.stack_depth(d, "encoder/a + encoder/b") for d in range(5)] == [0, 1, 2, 2, 2]
+
+
+def test_scion_starts_each_row_on_its_own_ball():
+    init = functools.partial(dm.optimizers.scion_init, radii=RADII, layers=LAYERS)
+    rows = jax.jit(init)(jax.random.key(0), make_stacked())["blocks"]["out"]
+    norms = jax.jit(jax.vmap(dm.optimizers.ROLE_NORMS["hidden"].norm))(rows)
+    np.testing.assert_allclose(norms, RADII["hidden"], rtol=1e-4)
+    assert not jnp.allclose(rows[0], rows[1])

@@ -1,11 +1,10 @@
 """The shortest way in: a user's own gradient in one jit, with the depth given to `update` alone.
 
-Counted in FLOPs of the compiled step, beside `masked_value_and_grad` and `train_step`.
+Counted in FLOPs of the compiled step, beside those of `train_step`.
 """
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,9 +12,6 @@ import pytest
 from flax import nnx
 
 import dropmuon_jax as dm
-
-# Compiling is most of the time. XLA rewrites and fuses as ever: only LLVM optimizes less.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NAMES = ["stem", "mid", "head"]
 KEYS = jax.random.split(jax.random.key(0), 8)
@@ -32,12 +28,6 @@ def dense(params, x):
     return jnp.tanh(x @ params["kernel"] + params["bias"])
 
 
-def mlp(params, x, layer=dense):
-    for name in NAMES:
-        x = layer(params[name], x)
-    return jnp.mean((x - 1) ** 2)
-
-
 @jax.custom_vjp
 def product(kernel, x):
     return x @ kernel
@@ -46,203 +36,125 @@ def product(kernel, x):
 product.defvjp(
     lambda kernel, x: (x @ kernel, (kernel, x)), lambda kept, ct: (kept[1].T @ ct, ct @ kept[0].T)
 )
-
-
-class CNN(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for features in (4, 8):
-            x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(features, (3, 3))(x)))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
-        return nn.Dense(3)(x.reshape(len(x), -1))
-
-
-class NnxCNN(nnx.Module):
-    def __init__(self, rngs):
-        self.conv_0, self.norm_0 = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
-        self.conv_1, self.norm_1 = nnx.Conv(4, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
-        self.head = nnx.Linear(32, 3, rngs=rngs)
-
-    def __call__(self, x):
-        for conv, norm in ((self.conv_0, self.norm_0), (self.conv_1, self.norm_1)):
-            x = nnx.avg_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
-        return self.head(self.dropout(x.reshape(len(x), -1)))
-
-
-IMAGES, LABELS = jax.random.normal(KEYS[6], (8, 8, 8, 3)), jnp.arange(8) % 3
-
-
-def cross_entropy(logits):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
-
-
-def linen_case():
-    model = CNN()
-    variables = model.init(KEYS[0], IMAGES)
-
-    def loss_fn(params, stats):
-        logits, new = model.apply(
-            {"params": params, "batch_stats": stats}, IMAGES, mutable="batch_stats"
-        )
-        return cross_entropy(logits), new["batch_stats"]
-
-    patterns = [("Conv_0", "BatchNorm_0"), ("Conv_1", "BatchNorm_1"), "Dense_0"]
-    return loss_fn, variables["params"], patterns, (variables["batch_stats"],), True
-
-
-CASES = {
-    "mlp": lambda: (mlp, PARAMS, NAMES, (X,), False),
-    "checkpoint": lambda: (
-        functools.partial(mlp, layer=jax.checkpoint(dense)),
-        *(PARAMS, NAMES, (X,), False),
-    ),
-    "custom_vjp": lambda: (
-        functools.partial(mlp, layer=lambda p, x: jnp.tanh(product(p["kernel"], x) + p["bias"])),
-        *(PARAMS, NAMES, (X,), False),
-    ),
-    "linen_batch_norm": linen_case,
+# What a network may have between its layers: each is cut off where JAX's own is.
+BLOCKS = {
+    "stem": jax.checkpoint(dense),
+    "mid": lambda params, x: jnp.tanh(product(params["kernel"], x) + params["bias"]),
+    "head": dense,
 }
+
+
+def mlp(params, x):
+    for name in NAMES:
+        x = BLOCKS[name](params[name], x)
+    return jnp.mean((x - 1) ** 2)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv, self.norm = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(8 * 8 * 8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).reshape(len(x), -1)))
 
 
 def flops(traced):
     return traced.lower().compile().cost_analysis()["flops"]
 
 
-def masked_step(loss_fn, optimizer, layers, has_aux=False):
-    """A step as one would write it with this package's gradient."""
-
-    @functools.partial(jax.jit, static_argnames="depth")
-    def step(params, state, *args, depth):
-        mask = layers.mask(depth)
-        value, grads = dm.masked_value_and_grad(loss_fn, has_aux)(params, *args, layer_mask=mask)
-        updates, state = optimizer.update(grads, state, params, layer_mask=mask)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def plain_step(loss_fn, optimizer, has_aux=False):
+def plain_step(loss_fn, optimizer, returns_grads=False):
     """A user's own step: a static depth and one argument of `update` are all that is new."""
 
     @functools.partial(jax.jit, static_argnames="depth")
     def step(params, state, *args, depth):
-        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
+        value, grads = jax.value_and_grad(loss_fn)(params, *args)
         updates, state = optimizer.update(grads, state, params, depth=depth)
+        value = (value, grads) if returns_grads else value
         return optax.apply_updates(params, updates), state, value
 
     return step
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_with_two_more_lines_has_the_flops_of_the_masked_gradient_at_every_depth(name):
-    loss_fn, params, patterns, args, has_aux = CASES[name]()
+def setup(params=PARAMS, patterns=NAMES, wrap=lambda tx: tx):
+    """Layers, their optimizer, its state, and the draws of layers."""
     layers = dm.layers_by_path(params, patterns)
-    optimizer = dm.drop_muon(0.05, layers, orthogonalize=KERNEL)
-    state = jax.eval_shape(optimizer.init, params)
-    masked = masked_step(loss_fn, optimizer, layers, has_aux)
-    plain = plain_step(loss_fn, optimizer, has_aux)
+    optimizer = wrap(dm.drop_muon(0.05, layers, orthogonalize=KERNEL))
     sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
-    whole = dm.train_step(loss_fn, optimizer, sampler, has_aux=has_aux)
-    counts = []
-    for depth in range(layers.num_layers):
-        counts.append(flops(masked.trace(params, state, *args, depth=depth)))
-        assert flops(plain.trace(params, state, *args, depth=depth)) == counts[-1]
-        assert flops(whole.trace_depth(depth, params, state, *args)) == counts[-1]
+    return layers, optimizer, jax.eval_shape(optimizer.init, params), sampler
+
+
+def test_a_step_with_two_more_lines_has_the_flops_of_train_step_at_every_depth(recwarn):
+    """Whose gradients are masked, so that nothing below the depth is differentiated."""
+    layers, optimizer, state, sampler = setup()
+    plain, whole = plain_step(mlp, optimizer), dm.train_step(mlp, optimizer, sampler)
+    counts = [flops(whole.trace_depth(depth, PARAMS, state, X)) for depth in range(3)]
+    assert counts == [flops(plain.trace(PARAMS, state, X, depth=depth)) for depth in range(3)]
     assert counts[2] < 0.75 * counts[1] < 0.75 * 0.9 * counts[0]
+    report = dm.check_depths(plain, layers, PARAMS, state, X)
+    assert (report.wasted, list(recwarn)) == ((), [])
+    assert "Every depth saves." in str(report)
 
 
-def test_an_nnx_step_with_two_more_lines_has_the_flops_of_the_masked_gradient():
-    module = NnxCNN(nnx.Rngs(0))
+@pytest.mark.deep
+def test_an_nnx_step_with_two_more_lines_has_the_flops_of_train_step():
+    module, images = Net(nnx.Rngs(0)), jax.random.normal(KEYS[6], (8, 8, 8, 3))
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    layers = dm.layers_by_path(params, [("conv_0", "norm_0"), ("conv_1", "norm_1"), "head"])
-    optimizer = dm.drop_muon(0.05, layers, orthogonalize=KERNEL)
-    state = jax.eval_shape(optimizer.init, params)
+    _, optimizer, state, sampler = setup(params, [("conv", "norm"), "head"])
 
     def loss_fn(model):
-        return cross_entropy(model(IMAGES))
-
-    def of_params(params, rest):
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        return loss_fn(model), nnx.state(model, nnx.Not(nnx.Param))
+        return jnp.mean(model(images) ** 2)
 
     @functools.partial(jax.jit, static_argnames="depth")
     def plain(params, state, rest, depth):
         model = nnx.merge(graphdef, params, rest, copy=True)
         loss, grads = nnx.value_and_grad(loss_fn)(model)
-        params = nnx.state(model, nnx.Param)
+        params, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         updates, state = optimizer.update(grads, state, params, depth=depth)
-        rest = nnx.state(model, nnx.Not(nnx.Param))
         return optax.apply_updates(params, updates), state, (loss, rest)
 
-    masked = masked_step(of_params, optimizer, layers, has_aux=True)
-    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
     whole = dm.train_step(loss_fn, optimizer, sampler)
-    for depth in range(3):
-        count = flops(masked.trace(params, state, rest, depth=depth))
-        assert flops(plain.trace(params, state, rest, depth=depth)) == count
+    for depth in range(2):
+        count = flops(plain.trace(params, state, rest, depth=depth))
         assert flops(whole.trace_depth(depth, module, state)) == pytest.approx(count, abs=4)
 
 
 # --- Where it does not hold, and who sees it ------------------------------------------------------
 
 
-def setup(params=PARAMS, patterns=NAMES, wrap=lambda tx: tx):
-    layers = dm.layers_by_path(params, patterns)
-    optimizer = wrap(dm.drop_muon(0.05, layers, orthogonalize=KERNEL))
-    return layers, optimizer, jax.eval_shape(optimizer.init, params)
+clip = functools.partial(optax.chain, optax.clip_by_global_norm(1.0))
+WITH_TABLE = {"embed": jnp.ones((9, 16)), **PARAMS}
 
 
-def test_every_depth_of_a_sound_step_saves_something(recwarn):
-    layers, optimizer, state = setup()
-    report = dm.check_depths(plain_step(mlp, optimizer), layers, PARAMS, state, X)
-    assert report.wasted == ()
-    assert "Every depth saves." in str(report)
-    assert not recwarn
+def of_tokens(params, x):
+    return mlp(params, params["embed"][jnp.arange(32) % 9] + x)
 
 
-def test_a_clip_by_all_gradients_keeps_the_whole_backward_pass_and_is_seen():
-    def clipped(tx):
-        return optax.chain(optax.clip_by_global_norm(1.0), tx)
-
-    layers, optimizer, state = setup(wrap=clipped)
-    with pytest.warns(dm.planning.DepthWarning, match="reads the gradients of all layers"):
-        dm.check_depths(plain_step(mlp, optimizer), layers, PARAMS, state, X)
-    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
-    whole = dm.train_step(mlp, optimizer, sampler)  # whose gradients are masked before
-    assert dm.check_depths(whole, layers, PARAMS, state, X).wasted == ()
-
-
-def test_gradients_that_leave_the_jit_are_seen():
-    layers, optimizer, state = setup()
-
-    @functools.partial(jax.jit, static_argnames="depth")
-    def step(params, state, x, depth):
-        loss, grads = jax.value_and_grad(mlp)(params, x)
-        updates, state = optimizer.update(grads, state, params, depth=depth)
-        return optax.apply_updates(params, updates), state, loss, grads
-
-    with pytest.warns(dm.planning.DepthWarning, match="or they leave the jit"):
-        dm.check_depths(step, layers, PARAMS, state, X)
+WASTES = {
+    "reads the gradients of all layers": (mlp, {"wrap": clip}, False),
+    "or they leave the jit": (mlp, {}, True),
+    "from the input to the output": (mlp, {"patterns": NAMES[::-1]}, False),
+    "Depth 1 saves hardly anything: without layer 'embed'": (
+        of_tokens,
+        {"params": WITH_TABLE, "patterns": ["embed", *NAMES]},
+        False,
+    ),
+}
 
 
-def test_layers_from_deep_to_shallow_are_seen():
-    layers, optimizer, state = setup(patterns=NAMES[::-1])
-    with pytest.warns(dm.planning.DepthWarning, match="from the input to the output"):
-        dm.check_depths(plain_step(mlp, optimizer), layers, PARAMS, state, X)
-
-
-def test_an_embedding_alone_at_the_bottom_is_seen():
-    params = {"embed": jnp.ones((9, 16)), **PARAMS}
-    layers, optimizer, state = setup(params, ["embed", *NAMES])
-    tokens = jnp.arange(32) % 9
-
-    def loss_fn(params):
-        return mlp(params, params["embed"][tokens])
-
-    with pytest.warns(dm.planning.DepthWarning, match=r"Depth 1 saves hardly anything.*embed"):
-        report = dm.check_depths(plain_step(loss_fn, optimizer), layers, params, state)
-    assert report.wasted == (1,)
+@pytest.mark.parametrize("words", WASTES)
+def test_a_step_that_wastes_depths_is_seen(words):
+    loss_fn, arguments, returns_grads = WASTES[words]
+    layers, optimizer, state, sampler = setup(**arguments)
+    params = arguments.get("params", PARAMS)
+    step = plain_step(loss_fn, optimizer, returns_grads)
+    with pytest.warns(dm.planning.DepthWarning, match=words):
+        report = dm.check_depths(step, layers, params, state, X)
+    assert report.wasted == (1,) or loss_fn is mlp
+    if "wrap" in arguments:  # a step whose gradients are masked before
+        step = dm.train_step(loss_fn, optimizer, sampler)
+        assert dm.check_depths(step, layers, params, state, X).wasted == ()
 
 
 STACK = {"blocks": jax.random.normal(KEYS[1], (4, 16, 16)) / 4, "head": jnp.ones((16, 2))}
@@ -250,9 +162,7 @@ STACK = {"blocks": jax.random.normal(KEYS[1], (4, 16, 16)) / 4, "head": jnp.ones
 
 @pytest.mark.parametrize("is_own_scan", [True, False])
 def test_a_scan_of_the_model_itself_over_a_stack_is_seen(is_own_scan, recwarn):
-    layers = dm.layers_by_path(STACK, [dm.stacked("blocks"), "head"])
-    optimizer = dm.drop_muon(0.05, layers, orthogonalize=KERNEL)
-    state = jax.eval_shape(optimizer.init, STACK)
+    layers, optimizer, state, sampler = setup(STACK, [dm.stacked("blocks"), "head"])
 
     def loss_fn(params, depth):
         def block(x, kernel):
@@ -264,7 +174,6 @@ def test_a_scan_of_the_model_itself_over_a_stack_is_seen(is_own_scan, recwarn):
             x, _ = dm.scan_layers(block, X, params["blocks"], depth=layers.stack_depth(depth))
         return jnp.mean((x @ params["head"]) ** 2)
 
-    sampler = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
     step = dm.train_step(loss_fn, optimizer, sampler)
     if is_own_scan:
         with pytest.warns(dm.planning.DepthWarning, match="a scan of its own"):

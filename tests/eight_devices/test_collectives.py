@@ -1,146 +1,162 @@
-"""What a compiled update exchanges between devices: counted in the program, never timed."""
+"""What a compiled update exchanges, which is counted, and that it is the one of one device."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import collectives, compiled_step, make_mesh, normal, shardings
+from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
+from meshes import assert_close, collectives, graded, make_mesh, normal, on, shardings
 
-ROWS, COLS = 16, 32
-FSDP = P("fsdp")
-
-
-def matrices(count: int, shape: tuple[int, int] = (ROWS, COLS)) -> Any:
-    return normal({f"w{i}": shape for i in range(count)})
+FSDP, BOTH, TWO_AXES = P("fsdp"), P("fsdp", "tensor"), {"fsdp": 4, "tensor": 2}
 
 
-def exchanges(tx: optax.GradientTransformation, params: Any, spec: P = FSDP, **sizes: int) -> Any:
-    """The collectives of a step with all leaves sharded like this, on a mesh that is set."""
-    mesh = make_mesh(**(sizes or {"fsdp": 8}))
-    placed = shardings(mesh, jax.tree.map(lambda _: spec, params))
-    with jax.set_mesh(mesh):
-        return collectives(compiled_step(tx, params, placed))
+class Case(NamedTuple):
+    """Gradients on a mesh, and the collectives of their update."""
+
+    shapes: dict[str, tuple[int, ...]]
+    specs: Any
+    """Of each leaf, or of all."""
+    expected: dict[str, int]
+    axes: dict[str, int] = {"fsdp": 8}  # noqa: RUF012
+    given: str = "shardings"
+    """What the optimizer is told: "shardings", the "mesh", or "nothing", if a mesh is set."""
+    layout: str = "owner"
+    num_steps: int = 3
+    numbers: Any = None
+    is_stacked: bool = False
+    depth: int = 0
 
 
-def owned(**kwargs: Any) -> optax.GradientTransformation:
-    return dm.on_mesh(dm.newton_schulz_lmo(**kwargs), layout="owner")
+def matrices(count: int, *shape: int, name: str = "w") -> dict[str, tuple[int, ...]]:
+    return {f"{name}{i}": shape or (16, 32) for i in range(count)}
 
 
-@pytest.mark.parametrize("count", [8, 13, 48])
-def test_any_number_of_matrices_makes_one_exchange_there_and_one_back(count):
-    assert exchanges(owned(), matrices(count)) == {"all-to-all": 2}
+def there_and_back(count: int = 1, **others: int) -> dict[str, int]:
+    return {"all-to-all": 2 * count} | {k.replace("_", "-"): n for k, n in others.items()}
 
 
-def test_the_number_of_iteration_steps_adds_none():
-    few, many = (exchanges(owned(num_steps=steps), matrices(8)) for steps in (2, 12))
-    assert few == many == {"all-to-all": 2}
+KERNEL = dm.orthogonalize.newton_schulz(num_steps=3)
+# The largest entry, by which a matrix is divided first, and XXᵀ of each segment.
+NUM_SUMS = 1 + KERNEL.multiplications(16, 64)[0] // (2 * 16 * 16 * 64)
+SHAPES = matrices(8) | matrices(8, 16, 48, name="long") | matrices(8, 24, 32, name="high")
+WIDE_AND_TALL = matrices(4) | matrices(4, 32, 16, name="tall")
+TO_TALL = {name: P(None, "fsdp") if "tall" in name else FSDP for name in WIDE_AND_TALL}
+PROJECTIONS = matrices(4, 16, 16) | matrices(4, 16, 16, name="out")
+TO_OUT = {name: P("tensor", "fsdp") if "out" in name else BOTH for name in PROJECTIONS}
+IN_PYTORCH = matrices(3) | {"conv": (16, 8, 3, 3)}
+EXPERTS = ({"moe": (2, 8, 16, 32)}, P(None, "expert"), {}, {"expert": 8})
+LAST_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+STACK = {"up": (8, 16, 32), "down": (8, 32, 16), "square": (8, 16, 16)}
+SIDES = {"up": P(None, *BOTH), "down": P(None, "tensor", "fsdp"), "square": P(None, *BOTH)}
+CASES = {
+    "8 matrices, 2 steps": Case(matrices(8), FSDP, there_and_back(), num_steps=2),
+    "13 matrices, unknown": Case(matrices(13), FSDP, there_and_back(), given="nothing"),
+    "13 matrices, mesh given": Case(matrices(13), FSDP, there_and_back(), given="mesh"),
+    "48 matrices, 12 steps": Case(matrices(48), FSDP, there_and_back(), num_steps=12),
+    "each further shape takes as many": Case(SHAPES, FSDP, there_and_back(3)),
+    "a shape and its transpose go together": Case(WIDE_AND_TALL, TO_TALL, there_and_back()),
+    "projections go together": Case(PROJECTIONS, TO_OUT, there_and_back(), TWO_AXES),
+    # If nothing is known, an exchange for each axis; one that replicates is cut on the way there.
+    "two axes, unknown": Case(matrices(8), BOTH, there_and_back(2), TWO_AXES, "nothing"),
+    "one axis, unknown": Case(matrices(8), FSDP, there_and_back(all_gather=1), TWO_AXES, "nothing"),
+    "convolutions are not gathered": Case(
+        matrices(8, 3, 3, 8, 16), P(None, None, *BOTH), there_and_back(2), TWO_AXES, "nothing"
+    ),
+    "fan-out first": Case(IN_PYTORCH, FSDP, there_and_back(2), numbers="out_in"),
+    "layout of rows": Case(
+        matrices(2, 16, 64), FSDP, there_and_back(all_reduce=NUM_SUMS), layout="rows"
+    ),
+    "layout of copies": Case(matrices(2), FSDP, {"all-gather": 1}, layout="replicated"),
+    "batches of any size go together": Case(
+        {f"w{n}": (n, 16, 32) for n in (1, 2, 5)},
+        *(P(None, "fsdp"), there_and_back()),
+        given="nothing",
+        numbers=LAST_AXES,
+    ),
+    "experts stay": Case(*EXPERTS, numbers=LAST_AXES),
+    "experts of stacked layers stay": Case(*EXPERTS, numbers=LAST_AXES, is_stacked=True),
+    "frozen layers move no byte": Case(SHAPES, FSDP, there_and_back(), depth=16),
+    "rows of a stack go at once": Case(STACK, SIDES, there_and_back(2), TWO_AXES, is_stacked=True),
+    "frozen rows move no byte": Case(
+        STACK, SIDES, there_and_back(2), TWO_AXES, is_stacked=True, depth=3
+    ),
+    "rows that devices have stay": Case(
+        STACK, P(("fsdp", "tensor")), {}, TWO_AXES, is_stacked=True, depth=5
+    ),
+}
+CORE = "13 matrices, unknown", "projections go together", "frozen rows move no byte"
 
 
-def test_two_axes_of_a_mesh_take_an_exchange_each_if_nothing_is_known():
-    two_axes = {"fsdp": 4, "tensor": 2}
-    assert exchanges(owned(), matrices(8), P("fsdp", "tensor"), **two_axes) == {"all-to-all": 4}
-    # Sharded over one of them and replicated over the other: cut on the way there.
-    assert exchanges(owned(), matrices(8), P("fsdp"), **two_axes) == {
-        "all-to-all": 2,
-        "all-gather": 1,
-    }
+def update(tx: Any, layers: dm.Layers, grads: Any, depth: Any) -> Any:
+    """Updates and state of a first step."""
+    return tx.update(grads, tx.init(grads), grads, layer_mask=layers.mask(depth))
 
 
-def test_each_further_shape_takes_as_many():
-    shapes = [(16, 32), (16, 48), (24, 32)]
-    trees = [{f"shape{i}": matrices(8, shape)} for i, shape in enumerate(shapes)]
-    params: Any = {}
-    for number, tree in enumerate(trees, 1):
-        params |= tree
-        assert exchanges(owned(), params) == {"all-to-all": 2 * number}
-
-
-def test_a_shape_and_its_transpose_are_exchanged_together():
-    params = {"wide": matrices(4), "tall": matrices(4, (COLS, ROWS))}
-    mesh = make_mesh(fsdp=8)
-    specs = {
-        "wide": dict.fromkeys(params["wide"], P("fsdp")),
-        "tall": dict.fromkeys(params["tall"], P(None, "fsdp")),
-    }
+@pytest.mark.parametrize("case", graded(CASES, *CORE, "frozen layers move no byte"))
+def test_an_update_takes_these_exchanges_and_is_that_of_one_device(case):
+    mesh, grads = make_mesh(**case.axes), normal(case.shapes)
+    specs = case.specs if isinstance(case.specs, dict) else dict.fromkeys(grads, case.specs)
     placed = shardings(mesh, specs)
-    compiled = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed), params, placed)
-    assert collectives(compiled) == {"all-to-all": 2}
+    layers = dm.layers_by_path(grads, [dm.stacked(*grads)] if case.is_stacked else list(grads))
+    tx: Any = dm.newton_schulz_lmo(num_steps=case.num_steps, dimension_numbers=case.numbers)
+    if case.is_stacked:
+        tx = dm.per_layer(tx, layers, takes_mask=True)
+    expected, _ = jax.jit(update, static_argnums=(0, 1, 3))(tx, layers, grads, case.depth)
+    given: dict[str, Any] = {"shardings": {"shardings": placed}, "mesh": {"mesh": mesh}}
+    tx = dm.on_mesh(tx, **given.get(case.given, {}), layout=case.layout)
+    with on(mesh if case.given == "nothing" else None):
+        step = functools.partial(update, tx, layers, depth=case.depth)
+        step = (
+            jax.jit(step, out_shardings=(placed, None))
+            .lower(jax.device_put(grads, placed))
+            .compile()
+        )
+        assert collectives(step) == case.expected
+        assert_close(step(jax.device_put(grads, placed))[0], expected, rounding=1e-4)
 
 
-def test_what_is_known_of_shardings_keeps_projections_together():
-    """Query and output projections are sharded the other way round; one of them is transposed."""
-    params = {"query": matrices(4, (16, 16)), "out": matrices(4, (16, 16))}
-    mesh = make_mesh(fsdp=4, tensor=2)
-    specs = {
-        "query": dict.fromkeys(params["query"], P("fsdp", "tensor")),
-        "out": dict.fromkeys(params["out"], P("tensor", "fsdp")),
-    }
-    placed = shardings(mesh, specs)
-    known = compiled_step(dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed), params, placed)
-    assert collectives(known) == {"all-to-all": 2}
-    with jax.set_mesh(mesh):
-        unknown = compiled_step(dm.newton_schulz_lmo(), params, placed)
-    assert collectives(unknown).total() > 4
+WAYS = {
+    way: (is_traced, way.split(", ")[1])
+    for is_traced, kind in ((False, "static"), (True, "traced"))
+    for way in (f"{kind}, known", f"{kind}, set", f"{kind}, explicit")
+}
 
 
-def test_layouts_say_what_they_promise():
-    params, mesh = matrices(2, (16, 64)), make_mesh(fsdp=8)
-    placed = shardings(mesh, jax.tree.map(lambda _: FSDP, params))
+@pytest.mark.parametrize(("is_traced", "given"), graded(WAYS, "traced, known"))
+def test_layers_beside_a_stack_and_its_rows_are_those_of_one_device(is_traced, given):
+    """Updates and momenta, with flags that are static or traced."""
+    mesh, grads = make_mesh(given == "explicit", **TWO_AXES), normal({"stem": (16, 48), **STACK})
+    placed = shardings(mesh, {"stem": BOTH, **SIDES})
+    layers = dm.layers_by_path(grads, ["stem", dm.stacked(*STACK)])
+    link = optax.chain(dm.momentum(0.9), dm.newton_schulz_lmo(num_steps=3))
+    tx = dm.per_layer(link, layers, takes_mask=True)
 
-    def of(layout: str) -> Any:
-        tx = dm.on_mesh(dm.newton_schulz_lmo(), shardings=placed, layout=layout)
-        return collectives(compiled_step(tx, params, placed))
+    def updates(tx: Any, grads: Any) -> Any:
+        step = jax.jit(update, static_argnums=(0, 1) if is_traced else (0, 1, 3))
+        # All; three rows, which are not a whole number of groups of two; none but the last row.
+        depths = map(jnp.int32, (0, 6, 8)) if is_traced else (0, 6, 8)
+        return [step(tx, layers, grads, depth) for depth in depths]
 
-    assert of("replicated") == {"all-gather": 1}
-    rows = of("rows")
-    segments = dm.orthogonalize.newton_schulz().multiplications(16, 64)[0] // (2 * 16 * 16 * 64)
-    # The largest entry, by which a matrix is divided first, and XXᵀ of each segment.
-    assert rows == {"all-to-all": 2, "all-reduce": 1 + segments}
-
-
-def test_convolutions_move_without_being_gathered():
-    params = {f"conv{i}": normal((3, 3, 8, 16), i) for i in range(8)}
-    two_axes = {"fsdp": 4, "tensor": 2}
-    spec = P(None, None, "fsdp", "tensor")
-    assert exchanges(owned(), params, spec, **two_axes) == {"all-to-all": 4}
-
-
-def test_optax_communicates_inside_its_iteration():
-    muon = optax.contrib.muon(0.1)
-    ours, optaxs = exchanges(owned(), matrices(4)), exchanges(muon, matrices(4))
-    assert optaxs.total() >= 4 * ours.total()
-
-
-@pytest.mark.parametrize("depth", range(3))
-def test_a_frozen_layer_exchanges_nothing(depth):
-    params = {name: matrices(8, (16, 16 * i)) for i, name in enumerate(["a", "b", "c"], 2)}
-    layers = dm.layers_by_path(params, ["a", "b", "c"])
-    mesh = make_mesh(fsdp=8)
-    placed = shardings(mesh, jax.tree.map(lambda _: P("fsdp"), params))
-    tx = dm.drop_muon(0.1, layers)
-    masked = optax.GradientTransformationExtraArgs(
-        tx.init,
-        lambda grads, state, params: tx.update(grads, state, params, layer_mask=layers.mask(depth)),
-    )
-    with jax.set_mesh(mesh):
-        compiled = compiled_step(masked, params, placed)
-    assert collectives(compiled) == {"all-to-all": 2 * (3 - depth)}
+    expected = updates(tx, grads)
+    tx = dm.on_mesh(tx, shardings=placed) if given == "known" else tx
+    with on(None if given == "known" else mesh):
+        assert_close(updates(tx, jax.device_put(grads, placed)), expected, rounding=1e-4)
 
 
 def test_without_a_mesh_nothing_changes():
     """Leaves that are sharded, and no mesh to be found: the program of one device, for XLA."""
-    params, mesh = matrices(2), make_mesh(fsdp=8)
-    tx = dm.newton_schulz_lmo()
-    unconfigured = dm.on_mesh(tx)
+    grads, tx = normal(matrices(2)), dm.newton_schulz_lmo()
 
     def text(tx: Any) -> str:
-        return jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(params).as_text()
+        return jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(grads).as_text()
 
-    assert text(tx) == text(unconfigured)
+    assert text(tx) == text(dm.on_mesh(tx))
     assert "sharding" not in text(tx)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(make_mesh(fsdp=8)):
         assert "sharding" in text(tx)

@@ -1,0 +1,1 @@
+"""What the studies of theory share, and are made of."""

@@ -1,0 +1,1 @@
+"""What benchmarks/counts.py is made of."""

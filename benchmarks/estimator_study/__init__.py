@@ -1,1 +1,0 @@
-"""Parts of `benchmarks/estimator_error.py`."""

@@ -1,1 +1,0 @@
-"""What benchmarks/language_race.py is made of."""

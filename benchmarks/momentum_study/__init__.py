@@ -1,1 +1,0 @@
-"""What benchmarks/momentum.py is made of."""

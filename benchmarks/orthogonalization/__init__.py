@@ -1,1 +1,0 @@
-"""What benchmarks/orthogonalize.py is made of."""

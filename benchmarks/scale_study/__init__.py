@@ -1,1 +1,0 @@
-"""What benchmarks/scale.py is made of."""

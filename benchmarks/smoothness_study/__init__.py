@@ -1,1 +1,0 @@
-"""What benchmarks/smoothness.py is made of."""

@@ -1,1 +1,0 @@
-"""What benchmarks/stacked_cost.py is made of."""

@@ -1,1 +1,0 @@
-"""What benchmarks/theory.py is made of."""

@@ -1,0 +1,468 @@
+"""Bugs of one line that users would notice, each with a test that finds it: no guarantee is lost.
+
+python tests/mutants.py [NAME …] [--find [TEST …]] [--all-tests]
+
+Each mutant is put into a copy of the checkout, where its killers are run: one that leaves them
+green has SURVIVED, and is an error. In the end the tests that failed are run without any mutant,
+since what is red anyway finds nothing. Killers are tests of `make test`, unless only several
+devices or processes show the bug.
+
+A NAME is a part of a mutant's name or file. With `--find` a killer is looked for in other tests as
+well, by default in all of `make test`, and with `--all-tests` in the deep ones too.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("dropmuon_jax", "tests", "benchmarks", "README.md", "pyproject.toml", "Makefile")
+SECONDS = 1800  # many times what the slowest killers take
+
+
+class Mutant(NamedTuple):
+    """A bug: in the one place in a file of the package where `before` stands, `after` does."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    killers: tuple[str, ...]
+    """Tests as pytest takes them, without the name of their folder."""
+    deep: bool = False
+    """Whether only several devices or processes show it, so that the killer may be a deep test."""
+
+    @property
+    def title(self) -> str:
+        """What it is called in the output, and found by."""
+        return f"{self.file}: {self.name}"
+
+
+# fmt: off
+MUTANTS = (
+    Mutant("a depth leaves out its own layer", "layers/layers.py",
+        "[layer >= depth for", "[layer > depth for",
+        ("test_layers.py::test_a_depth_activates_the_layers_from_there_to_the_output",)),
+    Mutant("a depth one past the last is accepted", "layers/layers.py",
+        "if depth > last:", "if depth > last + 1:",
+        ("test_errors.py::test_bad_input_is_named_with_the_way_out",)),
+    Mutant("groups of layers ignore their costs", "layers/layers.py",
+        "np.square(ends[:, None] - ends)", "np.abs(ends[:, None] - ends)",
+        ("test_layers.py::test_groups_are_contiguous_and_of_similar_cost",)),
+    Mutant("a root pattern matches anywhere", "layers/by_path.py",
+        '"^" if anchored', '"" if anchored',
+        ("test_layers.py::test_patterns_match_whole_components_in_any_container",)),
+    Mutant("a container is ordered by its last use", "layers/by_trace.py",
+        "first[container] = min(", "first[container] = max(",
+        ("test_layers.py::test_a_leaf_beside_containers_is_a_layer_of_its_own",)),
+    Mutant("kernels (out, in) are read as (in, out)", "layers/matrices.py",
+        "(*window, 1), (0,), window)", "(*window, 0), (1,), window)",
+        ("test_other_libraries.py::test_an_equinox_model_learns_in_steps_of_the_due_size",)),
+    Mutant("the window of a convolution is no fan-in", "layers/matrices.py",
+        "(*window, ndim - 2), (ndim - 1,), window)", "(ndim - 2,), (ndim - 1,), window)",
+        ("test_lmo.py::test_a_step_of_a_tree_is_its_norms_of_each_matrix",)),
+    Mutant("axes do not come back in their order", "layers/matrices.py",
+        "transpose(np.argsort(order))", "transpose(order)",
+        ("test_lmo.py::test_dimension_numbers_say_by_path_what_the_matrices_of_a_leaf_are",)),
+    Mutant("biases of several axes are matrices", "layers/roles.py",
+        "is_vector = len(shape) < 2 or path", "is_vector = len(shape) < 2 and path",
+        ("dropmuon_jax/layers/roles.py::dropmuon_jax.layers.roles.matrix_labels",)),
+    Mutant("inactive gradients pass a transformation", "layers/trees.py",
+        "if active else jnp.zeros_like(update)", "if active else update",
+        ("test_momentum.py",)),
+    Mutant("an inactive momentum is advanced", "layers/trees.py",
+        "function(old, *others) if active else old,", "function(old, *others),",
+        ("test_momentum.py",)),
+    Mutant("the epoch shift runs backwards", "sampling/distributions.py",
+        "(num_layers - 1 - depth) + tau * depth", "depth + tau * (num_layers - 1 - depth)",
+        ("test_sampling.py::test_epoch_shift_is_its_formula",)),
+    Mutant("draws ignore the seed", "sampling/sampler.py",
+        "return draw_index(sampler.seed, draw, probabilities), probabilities",
+        "return draw_index(0, draw, probabilities), probabilities",
+        ("test_sampling.py::test_the_link_of_a_chain_draws_as_a_sampler_with_the_same_arguments",)),
+    Mutant("a seed loses its upper 32 bits", "sampling/sampler.py",
+        "jnp.array([seed >> 32, seed", "jnp.array([0, seed",
+        ("test_sampling.py",)),
+    Mutant("the device draws anew in every micro-batch", "sampling/sampler.py",
+        "draw = count // self.steps_per_draw", "draw = count",
+        ("test_sampling.py::test_steps_of_one_draw_share_it_and_a_fixed_rule_needs_no_state",)),
+    Mutant("processes need only share one word", "sampling/sampler.py",
+        "if (everyone == everyone[0]).all():", "if (everyone == everyone[0]).any():",
+        ("test_pods.py::test_processes_that_would_draw_otherwise_get_an_error_that_names_both",),
+        deep=True),
+    Mutant("a layer costs what it saves, with the wrong sign", "sampling/adaptive.py",
+        "np.append(-np.diff(self.depth_costs), 0.0)", "np.append(np.diff(self.depth_costs), 0.0)",
+        ("test_adaptive_sampling.py",)),
+    Mutant("a draw may outlive its plan", "sampling/adaptive.py",
+        "if is_adaptive and distribution.steps_per_plan % steps_per_draw:",
+        "if is_adaptive and distribution.steps_per_plan < steps_per_draw:",
+        ("test_adaptive_sampling.py::test_what_no_record_or_plan_can_be_made_of_is_refused",)),
+    Mutant("a plan takes effect a period early", "sampling/record.py",
+        "jnp.where(ends_period, state.next_probabilities, state",
+        "jnp.where(ends_period, plan, state",
+        ("test_adaptive_sampling.py",)),
+    Mutant("gains have the sign of the loss", "sampling/record.py",
+        "total -= jnp.sum(", "total += jnp.sum(",
+        ("test_adaptive_sampling.py",)),
+    Mutant("all gradients are computed", "backprop/gradients.py",
+        "[not is_static(flag) or flag for flag in flags]", "[True for _ in flags]",
+        ("test_backprop.py::test_active_gradients_are_those_of_jax_and_the_others_zero",)),
+    Mutant("the second gradient is taken at the new parameters", "backprop/gradients.py",
+        "= gradient(previous, *args,", "= gradient(params, *args,",
+        ("test_variance_reduction.py",)),
+    Mutant("a step hands over its own parameters as the previous ones", "backprop/gradients.py",
+        "args = prev_params(opt_state, params), *args", "args = params, *args",
+        ("test_train_step.py::test_it_is_the_parts_bit_for_bit",)),
+    Mutant("a second forward pass runs below the depth", "backprop/gradients.py",
+        "return old.astype(now.dtype) if flag else now", "return old.astype(now.dtype)",
+        ("test_variance_reduction.py",)),
+    Mutant("batch statistics stand still", "backprop/gradients.py",
+        "return loss, (aux, state_like(rest, new_rest))", "return loss, (aux, rest)",
+        ("test_train_step.py::test_an_nnx_module_is_trained_in_place_as_its_state_is",)),
+    Mutant("gradients pass below a static depth", "backprop/scan_layers.py",
+        "init, below = jax.lax.stop_gradient((init, [x[:depth] for x in xs]))",
+        "init, below = init, [x[:depth] for x in xs]",
+        ("test_scan_layers.py",)),
+    Mutant("layers below a static depth move what all share", "backprop/scan_layers.py",
+        "functools.partial(layer, jax.lax.stop_gradient(layer.consts))",
+        "functools.partial(layer, layer.consts)",
+        ("test_scan_layers.py",)),
+    Mutant("the backward pass visits every layer", "backprop/traced_depth.py",
+        "0, num_layers - depth, turn, (ct_consts", "0, num_layers, turn, (ct_consts",
+        ("test_scan_layers.py::test_any_integer_is_a_depth",)),
+    Mutant("the backward pass is one layer off", "backprop/traced_depth.py",
+        "i = num_layers - 1 - t", "i = num_layers - 2 - t",
+        ("test_scan_layers.py",)),
+    Mutant("every layer keeps what it computes", "backprop/traced_depth.py",
+        "jax.checkpoint(differentiable, prevent_cse=False, policy=policy)", "differentiable",
+        ("test_scan_layers.py::test_memory_is_that_of_a_rematerialized_scan",)),
+    Mutant("a switch has its branches in the wrong order", "backprop/traced_depth.py",
+        "layer_mask=mask) for mask in masks]", "layer_mask=mask) for mask in masks[::-1]]",
+        ("test_backprop.py::test_a_run_on_the_device_repeats_the_run_from_the_host",)),
+    Mutant("a step donates against its word", "backprop/train_step.py",
+        "(0, 1, 2) if donate else ()", "(0, 1, 2)",
+        ("test_train_step.py::test_a_plain_optimizer_moves_no_inactive_parameter",)),
+    Mutant("stacks have an executable for each depth", "backprop/train_step.py",
+        "(self._index[active], None) if self._is_stacked", "(None, active) if self._is_stacked",
+        ("test_stacked_layers.py::test_a_stack_trains_in_one_program_as_separate_layers_do",)),
+    Mutant("weak types compile a step twice", "backprop/train_step.py",
+        'if any(getattr(x, "weak_type", False) for x in leaves):', "if not leaves:",
+        ("test_train_step.py::test_it_is_the_parts_bit_for_bit",)),
+    Mutant("parameters and state change their places", "backprop/train_step.py",
+        "(of_params, of_state, None, of_loss)", "(of_state, of_params, None, of_loss)",
+        ("test_on_eight_devices.py",),
+        deep=True),
+    Mutant("zero matrices become NaN", "orthogonalize/newton_schulz.py",
+        "jax.lax.rsqrt(jnp.where(x == 0, 1, x))", "jax.lax.rsqrt(x)",
+        ("test_orthogonalize.py",)),
+    Mutant("turbo_muon scales columns by the norms of rows", "orthogonalize/newton_schulz.py",
+        "else q * scale.mT, x)", "else q * scale, x)",
+        ("test_orthogonalize.py::test_singular_values_end_in_the_stated_band",)),
+    Mutant("the larger Gram matrix is iterated", "orthogonalize/newton_schulz.py",
+        "wide = x.shape[-2] <= x.shape[-1]", "wide = x.shape[-2] >= x.shape[-1]",
+        ("test_orthogonalize.py::test_singular_values_end_in_the_stated_band",)),
+    Mutant("bfloat16 is multiplied in full", "orthogonalize/newton_schulz.py",
+        "if dtype != accumulator:", "if dtype == accumulator:",
+        ("test_orthogonalize.py",)),
+    Mutant("accelerators are taken to multiply in full", "orthogonalize/newton_schulz.py",
+        "Products(float32_roundoff if rounded else _roundoff(dtype), product",
+        "Products(_roundoff(dtype), product",
+        ("test_orthogonalize.py::test_accelerators_round_float32_unless_told_otherwise",)),
+    Mutant("rounding is let grow without bound", "orthogonalize/polynomials.py",
+        "tolerance = min(max(", "tolerance = max(max(",
+        ("test_orthogonalize.py::test_singular_values_end_in_the_stated_band",)),
+    Mutant("directions without a singular value get one", "orthogonalize/batches.py",
+        "jnp.where(s <= threshold, 0, 1)", "jnp.where(s < 0, 0, 1)",
+        ("test_norms.py",)),
+    Mutant("a tall leaf and its transpose take two programs", "orthogonalize/batches.py",
+        "(*sorted(stack.shape[1:]), stack.dtype)", "(*stack.shape[1:], stack.dtype)",
+        ("test_orthogonalize.py",)),
+    Mutant("Muon's factor is upside down", "norms/norm.py",
+        "max(1.0, shape.fan_out / shape.fan_in)", "max(1.0, shape.fan_in / shape.fan_out)",
+        ("test_norms.py",)),
+    Mutant("an argmin climbs", "norms/norm.py", "restore(-size * self", "restore(size * self",
+        ("test_norms.py",)),
+    Mutant("lengths of bfloat16 are summed in bfloat16", "norms/norm.py",
+        "wide = stack.astype(np.promote_types(x.dtype, np.float32))", "wide = stack",
+        ("test_norms.py",)),
+    Mutant("columns are normalized along rows", "norms/named.py",
+        "direction=lambda g: _unit(g, -1),", "direction=lambda g: _unit(g, -2),",
+        ("test_norms.py",)),
+    Mutant("Gluon's decay falls", "schedules.py",
+        "1 - _steps(count) ** -0.5", "_steps(count) ** -0.5",
+        ("test_radii.py",)),
+    Mutant("steps are counted from two", "schedules.py",
+        "jnp.result_type(float)) + 1", "jnp.result_type(float)) + 2",
+        ("test_radii.py",)),
+    Mutant("the constants of an adaptive radius are swapped", "schedules.py",
+        "return AdaptiveRadius(l0, l1)", "return AdaptiveRadius(l1, l0)",
+        ("test_radii.py::test_a_mapping_may_hold_schedules_and_adaptive_radii",)),
+    Mutant("Algorithm 1 swaps its weights", "algorithm.py",
+        "decay * m[i] + (1 - decay) * gradient[i]", "(1 - decay) * m[i] + decay * gradient[i]",
+        ("test_algorithm.py",)),
+    Mutant("a static integer may be below its minimum", "_checks.py",
+        "if integer < minimum:", "if integer < 0:",
+        ("test_errors.py::test_bad_input_is_named_with_the_way_out",)),
+    Mutant("a misspelt layer_mask passes", "_checks.py", "cutoff=0.75", "cutoff=0.999",
+        ("test_contract.py::test_a_misspelt_extra_argument_is_an_error_that_names_the_right_one",)),
+    Mutant("statistics beside parameters pass", "_checks.py",
+        '"params" in tree and len(tree) > 1:', '"params" in tree and len(tree) > 2:',
+        ("test_before_a_run.py",)),
+    Mutant("NNX variables that are no parameters pass", "_checks.py",
+        "isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param)",
+        "isinstance(node, nnx.RngState)",
+        ("test_parameters.py",)),
+    Mutant("a name is missing at the root", "__init__.py", "    epoch_shift_depth,", "",
+        ("test_house.py::test_the_root_has_about_forty_names_and_all_are_there",)),
+    Mutant("momentum swaps its weights", "transforms/momentum.py",
+        "weight * m.astype(wide) + (1 - weight) * g", "(1 - weight) * m.astype(wide) + weight * g",
+        ("test_momentum.py",)),
+    Mutant("momentum is not updated", "transforms/momentum.py",
+        "stored = stored_like(state.momentum, new, layer_mask)", "stored = state.momentum",
+        ("test_momentum.py",)),
+    Mutant("Nesterov does not look ahead", "transforms/momentum.py",
+        "(average(m, g) if nesterov else m)", "m",
+        ("test_algorithm.py::test_with_its_settings_our_muon_steps_like_optax_muon",)),
+    Mutant("momentum averages in bfloat16", "transforms/momentum.py",
+        "np.dtype(np.float32))", "np.dtype(np.float16))",
+        ("test_momentum.py",)),
+    Mutant("MARS forgets the last gradient", "transforms/momentum.py",
+        "stored_like(state.last_grads, updates, layer_mask),", "state.last_grads,",
+        ("test_variance_reduction.py",)),
+    Mutant("MVR corrects by the new gradient", "transforms/mvr.py",
+        "estimator = m = g + decay * (m - g_prev)", "estimator = m = g + decay * (m - g)",
+        ("test_variance_reduction.py",)),
+    Mutant("a woken layer does not decay", "transforms/mvr.py",
+        "decay**steps_since, keep**steps_since", "decay, keep",
+        ("test_variance_reduction.py::test_ten_steps_with_dropped_layers_equal_the_formulas",)),
+    Mutant("q is the weight of the past", "transforms/mvr.py",
+        "1 - jnp.asarray(q(count) if callable(q) else q),",
+        "jnp.asarray(q(count) if callable(q) else q),",
+        ("test_variance_reduction.py",)),
+    Mutant("previous parameters of inactive leaves move", "transforms/prev_params.py",
+        "copy=True) if active else kept", "copy=True)",
+        ("test_variance_reduction.py::test_ten_steps_with_dropped_layers_equal_the_formulas",)),
+    Mutant("a frozen minus zero becomes zero", "transforms/masked.py",
+        "jnp.full_like(update, -0.0)", "jnp.zeros_like(update)",
+        ("test_contract.py",)),
+    Mutant("a link of a chain does not freeze rows", "transforms/masked.py",
+        "return where_active(flag, update, -0.0)", "return update",
+        ("test_stacked_layers.py::test_inactive_rows_keep_every_bit_of_parameters_and_state",)),
+    Mutant("an inactive layer is updated", "transforms/per_layer.py",
+        "    if active:", "    if active is not None:",
+        ("test_contract.py",)),
+    Mutant("a row of state is written one too deep", "transforms/per_layer.py",
+        "return write_row(updates, of_layer, i), state, pending, i",
+        "return write_row(updates, of_layer, i), state, pending, i + 1",
+        ("test_stacked_layers.py::test_adam_counts_the_own_steps_of_each_row",)),
+    Mutant("every row is orthogonalized", "transforms/per_layer.py",
+        "size=len(active))[0], jnp.sum(active)", "size=len(active))[0], len(active)",
+        ("test_stacked_layers.py::test_only_active_rows_are_orthogonalized",)),
+    Mutant("an active row gets the state of a sleeping one", "transforms/per_layer.py",
+        "where_active(active, leaves[i], leaf)", "where_active(active, leaf, leaves[i])",
+        ("test_stacked_layers.py",)),
+    Mutant("an LMO forgets its shape factor", "transforms/lmo.py",
+        "direction = norm.factor(matrix_shape(grad, all_axes[i])) * direction",
+        "direction = 1.0 * direction",
+        ("test_lmo.py",)),
+    Mutant("the radius is not scheduled", "transforms/lmo.py",
+        "state = RadiusState(jnp.asarray(optax.safe_increment(state.count)))",
+        "state = RadiusState(state.count)",
+        ("test_radii.py",)),
+    Mutant("inactive leaves are orthogonalized", "transforms/lmo.py",
+        "enumerate(jax.tree.leaves(layer_mask)) if flag]",
+        "enumerate(jax.tree.leaves(layer_mask))]",
+        ("test_lmo.py::test_inactive_leaves_are_not_orthogonalized",)),
+    Mutant("an adaptive radius has a norm for each row", "transforms/lmo.py",
+        "axes.fan_in + axes.fan_out, keepdims=True)", "axes.fan_out, keepdims=True)",
+        ("test_radii.py",)),
+    Mutant("weight decay moves what is frozen", "optimizers/composition.py",
+        "return freeze(layer_mask, new_updates), state_like(state, new_state)",
+        "return new_updates, state_like(state, new_state)",
+        ("test_scion_and_gluon.py::test_a_dropped_layer_is_not_pulled_towards_zero",)),
+    Mutant("a constrained step is not pulled to zero", "optimizers/composition.py",
+        "[optax.add_decayed_weights(1.0)] if constrained",
+        "[optax.add_decayed_weights(0.0)] if constrained",
+        ("test_scion_and_gluon.py",)),
+    Mutant("Adam's moments of inactive layers decay", "optimizers/muon.py",
+        "auxiliary if layers is None else per_layer(auxiliary, layers)", "auxiliary",
+        ("test_contract.py",)),
+    Mutant("a learning rate above 1 leaves the ball", "optimizers/scion.py",
+        "and first > 1:", "and first > 2:",
+        ("test_labels.py",)),
+    Mutant("leaves of one shape start alike", "optimizers/checks.py",
+        "keys = jax.random.split(role_key, len(leaves))", "keys = [role_key] * len(leaves)",
+        ("test_scion_and_gluon.py",)),
+    Mutant("an optimizer that climbs is not found", "optimizers/checks.py",
+        "move.astype(jnp.float32))) > 0:", "move.astype(jnp.float32))) > np.inf:",
+        ("test_before_a_run.py::test_a_part_that_climbs_is_found_behind_a_warm_up_too",)),
+    Mutant("a state is told by the wrong leaf", "optimizers/checks.py",
+        "key=len, reverse=True", "key=len",
+        ("test_before_a_run.py::test_paths_that_end_alike_are_told_apart",)),
+    Mutant("the optimum by the largest smoothness goes by sums", "planning/costs.py",
+        "np.maximum.accumulate(smoothness) / smoothness.max()",
+        "np.cumsum(smoothness) / smoothness.sum()",
+        ("test_planning.py",)),
+    Mutant("a traced depth has one cost for all", "planning/costs.py",
+        'if "depth" in traced.args_info[1]:', 'if "depth" in traced.args_info[0]:',
+        ("test_planning.py::test_what_has_no_cost_for_each_depth_is_refused",)),
+    Mutant("a scan turns once", "planning/checks.py", 'return params["length"]', "return 1",
+        ("test_two_lines.py::test_a_scan_of_the_model_itself_over_a_stack_is_seen",)),
+    Mutant("a depth that saves nothing is not seen", "planning/checks.py",
+        "if saved[s - 1] <= enough[s - 1] * share", "if saved[s - 1] < -share",
+        ("test_two_lines.py",)),
+    Mutant("layers in the wrong order are not seen", "planning/checks.py",
+        "if before[i] >> j & 1", "if before[j] >> i & 1",
+        ("test_two_lines.py",)),
+    Mutant("the hinge weighs samples below the line", "planning/fitting.py",
+        "1 + hinge, 1)", "1, 1 + hinge)",
+        ("test_smoothness.py",)),
+    Mutant("a sample shown twice counts twice", "planning/fitting.py",
+        "if step == self._last_steps.get(paths, -1):", "if step == -1:",
+        ("test_smoothness.py::test_a_record_takes_each_sample_once_however_often_it_is_shown",)),
+    Mutant("a leaf that slept has a sample", "planning/tracking.py",
+        "known = old.active[leaf_of_matrix] & (smoothness >= 0)", "known = smoothness >= 0",
+        ("test_smoothness.py",)),
+    Mutant("a device holds fewer matrices than there are", "sharding/layouts.py",
+        "held = -(-bucket.num_matrices // owners)", "held = bucket.num_matrices // owners",
+        ("test_layouts.py::test_with_more_devices_than_matrices_bytes_do_not_grow",)),
+    Mutant("what is left over goes to the busiest", "sharding/exchange.py",
+        'np.argsort(busy, kind="stable")', 'np.argsort(-busy, kind="stable")',
+        ("test_layouts.py::test_each_matrix_has_one_owner_and_all_owners_as_much_work_as_can_be",)),
+    Mutant("a plan counts frozen layers", "sharding/placement.py",
+        "np.broadcast_to(flags[axes.path], shape[:1] if stacked else 1).sum()",
+        "np.ones(shape[:1] if stacked else 1).sum()",
+        ("test_layouts.py::test_masks_stacks_and_shardings_are_planned_as_they_will_run",)),
+    Mutant("shardings on two meshes are accepted", "sharding/on_mesh.py",
+        "if leaf.mesh.abstract_mesh != given:", "if leaf.mesh.abstract_mesh is None:",
+        ("test_errors.py",)),
+    Mutant("a state is replicated", "sharding/placement.py",
+        "if sharding is not None:", "if sharding is None:",
+        ("dropmuon_jax/sharding/placement.py::dropmuon_jax.sharding.placement.state_shardings",)),
+    Mutant("what is known of shardings is not used", "sharding/exchange.py",
+        "is_exchange = not of_batch and layout.owner_axes == sum(of_sides, ())",
+        "is_exchange = False",
+        ("test_on_eight_devices.py",),
+        deep=True),
+    Mutant("places that are left write row 0", "sharding/map_on_mesh.py",
+        "fill_value=num_layers", "fill_value=0",
+        ("test_on_eight_devices.py",),
+        deep=True),
+    Mutant("matrices come back in the wrong order", "sharding/exchange.py",
+        "place_of[matrices[taken]] = np.flatnonzero(taken)",
+        "place_of[matrices[taken]] = np.arange(count)",
+        ("test_on_eight_devices.py",),
+        deep=True),
+    Mutant("rows of other devices are exchanged", "sharding/map_on_mesh.py",
+        "if any(known[p].leading for p in", "if any(not known[p] for p in",
+        ("test_on_eight_devices.py",),
+        deep=True),
+    Mutant("experts leave their devices", "sharding/exchange.py",
+        "key=lambda axis: not (axis < len(spec) and spec[axis])",
+        "key=lambda axis: axis < len(spec) and bool(spec[axis])",
+        ("test_on_eight_devices.py",),
+        deep=True),
+)
+# fmt: on
+
+
+class Checkout:
+    """A copy of the checkout in a temporary folder, to break and to mend."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, root / name)
+        found = self._run("-c", "import dropmuon_jax; print(dropmuon_jax.__file__)").stdout.strip()
+        if found != str(root / "dropmuon_jax/__init__.py"):
+            sys.exit(f"Python imports {found or 'no dropmuon_jax'} in place of the copy in {root}.")
+
+    def first_failure(self, mutant: Mutant, tests: list[str], options: list[str]) -> str | None:
+        """The first test that fails with the mutant."""
+        path = self.root / "dropmuon_jax" / mutant.file
+        source = path.read_text()
+        path.write_text(source.replace(mutant.before, mutant.after))
+        try:
+            return next(iter(self.run_tests(tests, ["-x", *options])[1]), None)
+        finally:
+            path.write_text(source)
+
+    def run_tests(self, tests: list[str], options: Iterable[str] = ()) -> tuple[int, list[str]]:
+        """What pytest ends with, and which tests fail: none if it does not come that far."""
+        command = ["-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *options]
+        try:
+            run = self._run(*command, *tests)
+        except subprocess.TimeoutExpired:
+            print(f"{tests} took more than {SECONDS} s.")
+            return -1, []
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
+        if run.returncode != 0 and not failed:
+            print(f"pytest ended with {run.returncode}: {(run.stderr or run.stdout).strip()}")
+        return run.returncode, failed
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "PYTHONPATH": str(self.root),  # before the checkout that is installed
+            "PYTHONDONTWRITEBYTECODE": "1",  # which would outlive a mutant of the same second
+            # For programs of one device: tests of several start processes of their own without it.
+            "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+
+
+def chosen(names: list[str]) -> list[Mutant]:
+    """The mutants with such names, all if there are none; every mutant must fit its file."""
+    for mutant in MUTANTS:
+        count = (ROOT / "dropmuon_jax" / mutant.file).read_text().count(mutant.before)
+        if count != 1 or "\n" in mutant.before:
+            sys.exit(f"{mutant.title}: {mutant.before!r} stands there {count} times, not once.")
+    if unknown := [name for name in names if not any(name in m.title for m in MUTANTS)]:
+        sys.exit(f"There is no mutant with {unknown} in its name or file.")
+    return [m for m in MUTANTS if not names or any(name in m.title for name in names)]
+
+
+def in_folder(tests: Iterable[str]) -> list[str]:
+    """Tests as pytest takes them at the root of the checkout."""
+    return [f"tests/{test}" if test.startswith("test_") else test for test in tests]
+
+
+def main() -> None:
+    """Runs mutants, and says which test kills each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name or file")
+    parser.add_argument("--find", nargs="*", metavar="TEST", help="look in these tests, or in all")
+    parser.add_argument("--all-tests", action="store_true", help="take deep tests for killers too")
+    options = parser.parse_args()
+    mutants, killers, survivors = chosen(options.names), set(), []
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Checkout(Path(folder).resolve())
+        for mutant in mutants:
+            searches = [in_folder(mutant.killers)]
+            if options.find is not None or options.all_tests:
+                searches.append(in_folder(options.find or ()))
+            part = [] if mutant.deep or options.all_tests else ["-m", "not deep"]
+            failures = (checkout.first_failure(mutant, tests, part) for tests in searches)
+            killer = next(filter(None, failures), None)
+            killers |= {killer} - {None}
+            survivors += [] if killer else [f"SURVIVED: {mutant.title}"]
+            print(f"{mutant.title}: {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+        end, red = checkout.run_tests(sorted(killers)) if killers else (0, [])
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} killed.")
+    sys.exit("\n".join([*survivors, *([f"Red without a mutant: {red}"] if end else [])]) or 0)
+
+
+if __name__ == "__main__":
+    main()
