@@ -24,8 +24,3 @@ def strict_promotion():
     """Nothing is promoted silently. (Optax's Adam promotes, so this is not for every test.)"""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """What holds for all tests now."""

@@ -13,8 +13,6 @@ from dropmuon_jax.sampling import LayerGainsState, PlanReader
 from dropmuon_jax.sampling.adaptive import minimise_waiting
 from dropmuon_jax.sampling.record import Reading
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COSTS = [1.0, 0.5, 0.1]
 UNIFORM = dm.uniform_depth()
 NAMES = ["stem", "mid", "head"]

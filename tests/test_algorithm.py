@@ -12,8 +12,6 @@ import dropmuon_jax as dm
 import reference
 from dropmuon_jax.algorithm import polar_factor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"stem": (4, 5), "mid": (5, 7), "head": (7, 3)}
 LEARNING_RATE = 0.05
 

@@ -75,7 +75,6 @@ def test_matrix_products_count_at_every_turn_of_a_loop():
         assert flops == product * (2 * (4 + 5 + turns) + (depth > 2))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("network", "depth"), [("mlp", 1), pytest.param("gpt", 2, marks=pytest.mark.deep)]
 )

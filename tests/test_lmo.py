@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 import dropmuon_jax as dm
 from dropmuon_jax.algorithm import polar_factor
 
-pytestmark = pytest.mark.usefixtures("strict_promotion", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 KERNEL = dm.orthogonalize.newton_schulz(num_steps=2)
 NORMS = {

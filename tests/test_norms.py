@@ -14,8 +14,6 @@ from flax import nnx
 import dropmuon_jax as dm
 from dropmuon_jax.layers.matrices import MatrixShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NORMS: dict[str, dm.norms.Norm] = {
     "scion": dm.norms.spectral_norm("scion"),
     "nuclear": dm.norms.nuclear_norm(),

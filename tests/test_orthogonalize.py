@@ -22,8 +22,6 @@ from dropmuon_jax.orthogonalize.polynomials import (
     resolve_polynomials,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- Accuracy: the table of newton_schulz_lmo's docstring ----------------------------------------
 
 # Coefficients, steps and dtype of the iteration; the smallest singular value; the band; and by how

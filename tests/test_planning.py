@@ -9,8 +9,6 @@ import pytest
 
 import dropmuon_jax as dm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 over_criteria = pytest.mark.parametrize("criterion", ["max", "sum"])
 COMPILATIONS = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -14,8 +14,6 @@ from scipy import stats
 import dropmuon_jax as dm
 import reference
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUM_LAYERS = 4
 
 

@@ -12,8 +12,6 @@ import pytest
 import dropmuon_jax as dm
 from dropmuon_jax.planning import SmoothnessRecord, SmoothnessSamples, fit_smoothness
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"stem": (6, 5), "mid": (5, 7), "head": (7, 3)}
 EUCLIDEAN = dm.norms.euclidean_norm()
 

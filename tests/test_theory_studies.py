@@ -18,8 +18,6 @@ from analysis.search import full_is_optimal, search
 from analysis.smooth_problems import coupled, huber, hyperbolic, separable
 from convergence_rates import SHAPE, horizons, late_average, nonconvex, slopes, star_convex
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("make", [separable, coupled, hyperbolic, huber])
 def test_expectations_over_all_sequences_of_depths_obey_the_bounds(make):

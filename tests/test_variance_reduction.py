@@ -12,8 +12,6 @@ import dropmuon_jax as dm
 import reference
 from dropmuon_jax.algorithm import polar_factor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES, SHAPE = ("stem", "mid", "head"), (4, 6)
 VARIANTS = (1, 2, 3)
 # Each layer sleeps once for one step and once for more, and no two in the same steps.
