@@ -164,7 +164,7 @@ MUTANTS = (
         ("test_algorithm.py",)),
     Mutant("a static integer may be below its minimum", "_checks.py",
         "if integer < minimum:", "if integer < 0:",
-        ("test_errors.py::test_bad_input_is_named_with_the_way_out",)),
+        ("test_errors.py::test_what_must_be_a_python_integer_is_named",)),
     Mutant("a misspelt layer_mask passes", "_checks.py", "cutoff=0.75", "cutoff=0.999",
         ("test_contract.py::test_a_misspelt_extra_argument_is_an_error_that_names_the_right_one",)),
     Mutant("NNX variables that are no parameters pass", "_checks.py",

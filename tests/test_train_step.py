@@ -288,7 +288,7 @@ ERRORS = {
     r"must return \(loss, aux\) with has_aux=True, got": lambda: step_of(has_aux=True),
     "The sampler draws the depth": (lambda: step_of(lambda p, x, depth: 0.0, kwargs={"depth": 1})),
     r"not the state of this optimizer.*optimizer.init\(params\)": (
-        lambda: step_of(state=optax.adam(0.1).init(make_params()))
+        lambda: step_of(state=jax.tree.map(jnp.atleast_3d, make_optimizer().init(make_params())))
     ),
     r"nnx.state\(module, nnx.Param\)": lambda: step_of_module(Net, optax.EmptyState()),
     "loss_fn has added variables": lambda: step_of_module(Sows),
