@@ -230,7 +230,7 @@ MUTANTS = (
         "auxiliary if layers is None else per_layer(auxiliary, layers)", "auxiliary",
         ("test_contract.py",)),
     Mutant("a learning rate above 1 leaves the ball", "optimizers/scion.py",
-        "and first > 1:", "and first > 2:", ("test_labels.py",)),
+        "and first > 1:", "and first > 2:", ("test_errors.py",)),
     Mutant("an optimizer that climbs is not found", "optimizers/checks.py",
         "move.astype(jnp.float32))) > 0:", "move.astype(jnp.float32))) > np.inf:",
         ("test_before_a_run.py::test_a_part_that_climbs_is_found_behind_a_warm_up_too",)),
