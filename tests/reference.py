@@ -1,14 +1,12 @@
 """The algorithms of other papers in float64 NumPy, one layer at a time.
 
-Drop-Muon's own is `dropmuon_jax.algorithm`, which is NumPy too. Of ours are besides it the
-coefficients of Polar Express, which Remez's algorithm gives again in test_orthogonalize.py.
+Drop-Muon's own is `dropmuon_jax.algorithm`, which is NumPy too; nothing of ours is imported.
 """
 
 import numpy as np
 
-from dropmuon_jax.orthogonalize.polynomials import POLYNOMIALS
-
-# As published: Muon (Jordan et al., 2024), Dion (You, 2025), Turbo-Muon (Boissin et al., 2025).
+# As published: Muon (Jordan et al., 2024), Dion (You, 2025), Polar Express (Amsel et al., 2025),
+# Turbo-Muon (Boissin et al., 2025).
 MUON = [(3.4445, -4.7750, 2.0315)]
 DION = [
     (4.0848, -6.8946, 2.9270),
@@ -16,6 +14,16 @@ DION = [
     (3.7418, -5.5913, 2.3037),
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
+]
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
 ]
 TURBO_MUON = [
     (4.6051, -9.6552, 5.6769),
@@ -27,7 +35,7 @@ TURBO_MUON = [
 COEFFICIENTS = {
     "muon": (MUON, "frobenius", 5),
     "dion": (DION, "frobenius", 5),
-    "polar_express": (POLYNOMIALS["polar_express"].coefficients, "schatten", 5),
+    "polar_express": (POLAR_EXPRESS, "schatten", 5),
     "turbo_muon": (TURBO_MUON, "aol", 4),
 }
 

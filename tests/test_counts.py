@@ -9,9 +9,9 @@ import pytest
 
 from counting.by_hand import step_by_hand
 from counting.collectives import read_traffic
-from counting.matrix_products import matmul_flops
 from counting.problems import make_problem
 from counting.settings import Counts
+from matrix_products import product_flops
 
 HLO = """HloModule jit_f, num_partitions=8
 
@@ -71,8 +71,8 @@ def test_matrix_products_count_at_every_turn_of_a_loop():
     product = 2 * 8 * 2 * 3
     for depth, turns in ((jnp.int32(2), 5), (jnp.int32(4), 3)):
         arguments = jnp.ones((8, 2)), depth
-        flops = matmul_flops(function.trace(*arguments), arguments)
-        assert flops == product * (2 * (4 + 5 + turns) + (depth > 2))
+        flops = product_flops(function.trace(*arguments), arguments)
+        assert flops == {"float32": product * (2 * (4 + 5 + turns) + (depth > 2))}
 
 
 @pytest.mark.parametrize(

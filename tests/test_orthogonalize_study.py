@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthogonalization.measuring import ill_conditioned, measure_errors, product_flops
+from matrix_products import product_flops
+from orthogonalization.measuring import ill_conditioned, measure_errors
 from orthogonalization.methods import DEFAULT, REFERENCE, optimizer, orthogonalizer
 from orthogonalization.show import timing
 from orthogonalization.subjects import make_arrays, needed_flops, tree_of
 
 
 def flops(function, *shapes):
-    return product_flops(jax.make_jaxpr(function)(*make_arrays(list(shapes), "float32")))
+    return product_flops(jax.jit(function).trace(*make_arrays(list(shapes), "float32")))
 
 
 def muons_polynomial(x):

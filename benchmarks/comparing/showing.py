@@ -1,7 +1,6 @@
 """Tables and figures of a comparison; both show medians over seeds, with smallest and largest."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,14 +21,13 @@ from comparing.outcomes import (
 )
 from comparing.settings import REFERENCE
 from comparing.training import best_rate
-from drawing import finish, legend, median, new_table, show, show_spread, style
+from drawing import draw_spread, finish, legend, median, new_table, show, show_spread, style
 from study import Record
 
 NEVER_MISSES = 0.2  # percent that an accuracy of 100 % is taken to miss, on a logarithmic axis
 AXES = {
     "spent": "budget spent, in full steps of Muon",
     "steps": "steps",
-    "gradients": "gradients of a batch",
     "seconds": "seconds that passed",
 }
 
@@ -110,9 +108,7 @@ def _costs(record: Record) -> Table:
 
 
 def _measured(record: Record, values: Sequence[float | None]) -> str:
-    if record["measure"] == "loss":
-        return show_spread(values, 3)
-    return show_spread([None if value is None else 100 * (1 - value) for value in values])
+    return show_spread(_as_shown(record, values), 3 if record["measure"] == "loss" else 2)
 
 
 def make_figures(record: Record) -> Mapping[str, Figure]:
@@ -133,8 +129,9 @@ def _curves(record: Record) -> Figure:
     for panel, axis in zip(panels, axes, strict=True):
         for i, method in enumerate(methods(record)):
             runs = runs_of(record, method, budgets(record)[-1])
-            x = np.median([run[axis] for run in runs], axis=0)
-            _draw(panel, x[1:], [run["test"][1:] for run in runs], record, method, i)
+            x = np.median([run[axis][1:] for run in runs], axis=0)
+            seen = zip(*(_as_shown(record, run["test"][1:]) for run in runs), strict=True)
+            draw_spread(panel, x.tolist(), list(seen), i, TITLES[method])
         finish(panel, x=AXES[axis])
     _scale(panels[0], record)
     legend(figure, panels[0])
@@ -146,11 +143,11 @@ def _frontier_figure(record: Record) -> Figure:
     left, right = figure.subplots(1, 2)
     at = budgets(record)
     for i, method in enumerate(methods(record)):
-        by_seed = np.array([final(record, method, budget) for budget in at], float).T
-        _draw(left, at, by_seed, record, method, i)
+        ends = [_as_shown(record, final(record, method, budget)) for budget in at]
+        draw_spread(left, at, ends, i, TITLES[method])
         if method != REFERENCE:
-            ratios = np.array([saved(record, method, budget) for budget in at]).T
-            _draw(right, at, ratios, None, method, i)
+            ratios = [saved(record, method, budget) for budget in at]
+            draw_spread(right, at, ratios, i, TITLES[method])
     right.axhline(1, color="black", linewidth=0.8)
     x = "budget, in full steps of Muon"
     finish(left, x=x)
@@ -171,7 +168,7 @@ def _rates(record: Record) -> Figure:
         for tuned in record["tuning"]:
             if tuned["budget"] == budget:
                 index = list(methods(record)).index(tuned["method"])
-                found = _as_shown(record, tuned["validation"])
+                found = np.array(_as_shown(record, tuned["validation"]), float)
                 panel.plot(tuned["rates"], found, label=TITLES[tuned["method"]], **style(index))
         rates = record["settings"]["rates"]
         panel.set_xscale("log")
@@ -183,20 +180,11 @@ def _rates(record: Record) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, x: Any, by_seed: Any, record: Record | None, method: str, index: int) -> None:
-    """The median over seeds, in a band of smallest to largest."""
-    values = np.array([_as_shown(record, of_seed) for of_seed in by_seed])
-    look = style(index)
-    axes.plot(x, np.median(values, axis=0), label=TITLES[method], markersize=4, **look)
-    if len(values) > 1:
-        low, high = values.min(0), values.max(0)
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def _as_shown(record: Record | None, values: Sequence[float | None]) -> np.ndarray:
-    """Errors as accuracies in percent; diverged runs as gaps."""
-    numbers = np.array([np.nan if value is None else value for value in values], float)
-    return 100 * (1 - numbers) if record and record["measure"] == "error" else numbers
+def _as_shown(record: Record, values: Sequence[float | None]) -> list[float | None]:
+    """Errors as accuracies in percent."""
+    if record["measure"] == "loss":
+        return list(values)
+    return [None if value is None else 100 * (1 - value) for value in values]
 
 
 def _words(record: Record) -> str:
@@ -209,12 +197,12 @@ def _scale(axes: Axes, record: Record) -> None:
     if record["measure"] == "loss":
         axes.set_yscale("log")
         return
-    low, high = axes.get_ylim()
-    above = 100 + NEVER_MISSES
+    above, low = 100 + NEVER_MISSES, axes.get_ylim()[0]
+    high = above - 0.6 * (above - axes.dataLim.y1)
     functions = lambda shown: -np.log10(np.maximum(above - shown, 1e-3)), lambda y: above - 10**-y
     axes.set_yscale("function", functions=functions)
     ticks = [tick for tick in (0, 50, 80, 90, 95, 98, 99, 99.5, 100) if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in range(101) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_ylim(low, min(high, 100))
+    axes.set_ylim(low, high)

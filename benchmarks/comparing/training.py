@@ -27,8 +27,6 @@ class Track:
         self.methods = {name: Method(name, task, settings) for name in settings.methods}
         self.step_seconds: dict[str, list[float]] = {}
         """Of a step of each method at each depth; empty until they are timed."""
-        self.compile_seconds: dict[str, float] = {}
-        """Of all depths of a kind."""
         self._steps: dict[tuple[str, int | None], Callable[..., Any]] = {}
 
     def take_step(self, method: Method, depth: int, *arguments: Any) -> Any:
@@ -40,11 +38,8 @@ class Track:
         key = method.kind, static
         arguments = (*arguments, np.int32(depth))
         if key not in self._steps:
-            begin = time.perf_counter()
             step = jax.jit(method.step(static), donate_argnums=(0, 1))
             self._steps[key] = step.lower(*arguments).compile()
-            spent = time.perf_counter() - begin
-            self.compile_seconds[method.kind] = self.compile_seconds.get(method.kind, 0) + spent
         return self._steps[key](*arguments)
 
     def time_steps(self) -> dict[str, list[float]]:
@@ -102,13 +97,8 @@ class Run:
     """A method on its way."""
 
     def __init__(self, track: Track, method: Method, budget: float, rate: float, seed: int):
-        self.track, self.method, self.budget, self.rate, self.seed = (
-            track,
-            method,
-            budget,
-            rate,
-            seed,
-        )
+        self.track, self.method, self.seed = track, method, seed
+        self.budget, self.rate = budget, rate
         costs = track.step_seconds.get(method.name) or [1.0] * track.task.layers.num_layers
         num_steps = track.expected_steps(method, budget) if track.step_seconds else 1
         sampler = method.sampler(seed, num_steps, costs)
@@ -199,9 +189,7 @@ def compete(settings: CompareSettings, task: Task, work: Work) -> Record:
             runs += [track.run(name, budget, rate, seed) for seed in settings.seeds]
     return {
         "measure": task.measure,
-        "layers": list(task.layers.names),
         "step_seconds": track.step_seconds,
-        "compile_seconds": track.compile_seconds,
         "tuning": tuning,
         "runs": runs,
     }

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from counting.collectives import read_traffic
-from counting.matrix_products import matmul_flops
+from matrix_products import product_flops
 from study import Work
 
 Row = dict[str, Any]
@@ -68,10 +68,10 @@ class Program:
         """The row, with what XLA says: no FLOPs and bytes where loops count once."""
         costs = {} if _LOOP.search(self.text) else self.compiled.cost_analysis()
         collectives, received = read_traffic(self.text, num_devices)
-        arguments = self.kept, self._given
+        products = product_flops(self._traced, self.kept, self._given).values()
         self.row |= {
             "flops": costs.get("flops"),
-            "matmul_flops": matmul_flops(self._traced, arguments) if num_devices == 1 else None,
+            "matmul_flops": sum(products) if num_devices == 1 else None,
             "temporary_bytes": int(self.compiled.memory_analysis().temp_size_in_bytes),
             "bytes_accessed": costs.get("bytes accessed"),
             "characters": len(self.text),

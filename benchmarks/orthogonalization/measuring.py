@@ -1,6 +1,5 @@
 """Compiled programs, what they multiply and hold, how fast they are, and how far from the truth."""
 
-import collections
 import functools
 import math
 import statistics
@@ -12,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import jaxprs_in_params
 
+from matrix_products import product_flops
 from orthogonalization.methods import NUM_STEPS, REFERENCE, optimizer, orthogonalizer
 from orthogonalization.subjects import Shape, make_arrays, matrix_shape, needed_flops
 from study import Record
@@ -57,40 +56,9 @@ def _build(
     compiled: Any = traced.lower().compile()
     return compiled, {
         "build_seconds": time.perf_counter() - start,
-        "product_flops": product_flops(traced.jaxpr),
+        "product_flops": product_flops(traced),
         "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
     }
-
-
-def product_flops(jaxpr: Any) -> dict[str, float]:
-    """FLOPs of the matrix products that are written down, by the dtype of their factors.
-
-    XLA's cost analysis counts the body of a loop once. Here a scan counts as often as it runs, and
-    of what depends on the platform the branch of this one. NaN where the number is not known: in a
-    `while_loop`, in a branch that is chosen at run time, in a kernel of one's own, in an SVD.
-    """
-    total: dict[str, float] = collections.defaultdict(float)
-    for equation in jaxpr.eqns:
-        name, parameters = equation.primitive.name, equation.params
-        inner = [product_flops(sub) for sub in jaxprs_in_params(parameters)]
-        times = {"cond": math.nan, "while": math.nan, "pallas_call": math.nan}.get(name, 1)
-        if name == "dot_general":
-            factor, ((contracted, _), _) = equation.invars[0].aval, parameters["dimension_numbers"]
-            size = math.prod(factor.shape[axis] for axis in contracted)
-            inner = [{str(factor.dtype): 2 * size * math.prod(equation.outvars[0].aval.shape)}]
-        elif name == "svd":
-            inner = [{str(equation.invars[0].aval.dtype): math.nan}]
-        elif name == "scan":
-            times = parameters["length"]
-        elif platforms := parameters.get("branches_platforms"):
-            backend = jax.default_backend()
-            own = {"cuda", "rocm"} if backend == "gpu" else {backend}
-            taken = [names is None or bool(own.intersection(names)) for names in platforms]
-            inner, times = [inner[taken.index(True)]], 1
-        for flops in inner:
-            for dtype, count in flops.items():
-                total[dtype] += count * times
-    return dict(total)
 
 
 _square = functools.cache(make_arrays)
