@@ -34,6 +34,7 @@ from dropmuon_jax.layers import (
     stacked,
     trace_layers,
 )
+from dropmuon_jax.layers.states import check_state
 from dropmuon_jax.optimizers import (
     check_optimizer,
     drop_gluon,
@@ -56,6 +57,7 @@ from dropmuon_jax.sampling import (
 )
 from dropmuon_jax.sharding import on_mesh, state_shardings
 from dropmuon_jax.transforms import (
+    accumulate,
     chain_subtrees,
     layer_mask_sampler,
     momentum,
@@ -74,10 +76,12 @@ __all__ = [
     "Layers",
     "Roles",
     "TrainStep",
+    "accumulate",
     "algorithm",
     "chain_subtrees",
     "check_depths",
     "check_optimizer",
+    "check_state",
     "drop_gluon",
     "drop_muon",
     "drop_scion",

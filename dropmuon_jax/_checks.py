@@ -10,13 +10,16 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+# Leaves that are statistics, whatever is beside them.
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -186,12 +189,15 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
                     f"{argument}: '{at}' is an nnx.{type(node).__name__}, no parameter. Give the "
                     "parameters alone, such as nnx.state(module, nnx.Param)."
                 )
-    if isinstance(tree, Mapping) and "params" in tree and len(tree) > 1:
-        others = ", ".join(repr(name) for name in tree if name != "params")
-        raise TypeError(
-            f"{argument} holds {others} beside 'params', as the variables of Flax Linen do, and "
-            "statistics and caches are not trained: give variables['params']."
-        )
+    # A node comes before what is in it.
+    for node in _mappings(tree):
+        if "params" in node and len(node) > 1:
+            others = ", ".join(repr(name) for name in node if name != "params")
+            raise TypeError(
+                f"{argument} holds {others} beside 'params', as the variables of Flax Linen do, "
+                "and statistics and caches are not trained: give variables['params']."
+            )
+    _check_statistics(tree, argument)
     eqx: Any = sys.modules.get("equinox")
     is_equinox = eqx is not None and isinstance(tree, eqx.Module)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -217,6 +223,47 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
         raise TypeError(
             f"{argument} must be trainable floating-point arrays, and leaf '{at}' is {kind}. "
             f"{cure}."
+        )
+
+
+def _mappings(tree: Any) -> Iterator[Mapping[Any, Any]]:
+    """All mappings in a tree, the outer ones first."""
+    inner, _ = jax.tree.flatten(
+        tree, is_leaf=lambda node: node is not tree and isinstance(node, Mapping)
+    )
+    if isinstance(tree, Mapping):
+        yield tree
+    for node in inner:
+        if isinstance(node, Mapping) and node is not tree:
+            yield from _mappings(node)
+
+
+def _check_statistics(tree: Any, argument: str) -> None:
+    """Error for running statistics among parameters, known by their names and neighbours."""
+    eqx: Any = sys.modules.get("equinox")
+    is_index: Any = (lambda node: isinstance(node, eqx.nn.StateIndex)) if eqx else None
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_index)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in nodes]
+    modules: dict[str, set[str]] = {}
+    for at in names:
+        modules.setdefault(at.rpartition("/")[0], set()).add(at.rpartition("/")[2])
+    for at, (_, node) in zip(names, nodes, strict=True):
+        module, _, name = at.rpartition("/")
+        beside = modules[module]
+        of_norm = beside & {"scale", "bias"} or "norm" in module.rpartition("/")[2].lower()
+        is_pair = name in ("mean", "var") and {"mean", "var"} <= beside and of_norm
+        if is_index is not None and is_index(node) and jax.tree.leaves(node):
+            cure = "of Equinox take eqx.nn.make_with_state(…), or eqx.nn.delete_init_state(model)"
+        elif is_pair or name in _STATISTICS or "batch_stats" in at.split("/"):
+            cure = (
+                "give variables['params'], nnx.state(module, nnx.Param) or, of Keras, "
+                "model.trainable_variables; or rename it"
+            )
+        else:
+            continue
+        raise TypeError(
+            f"{argument}: '{at}' is a running statistic, no parameter, and would be trained: keep "
+            f"it beside the parameters ({cure})."
         )
 
 

@@ -91,7 +91,7 @@ def test_flops_and_memory_are_those_of_a_network_with_constants_below(depth):
 def test_a_run_on_the_device_repeats_the_run_from_the_host():
     """With a branch for each subset that can be drawn."""
     sampler = dm.DepthSampler(LAYERS, dm.sampling.fixed_size_subsets(3), seed=4)
-    tx, seen = dm.drop_muon(0.02, LAYERS), []
+    tx, seen = dm.drop_muon(0.02, LAYERS, roles={"*": "hidden"}), []
 
     def step(params, state, layer_mask):
         seen.append(tuple(layer_mask))

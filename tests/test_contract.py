@@ -592,6 +592,21 @@ READY_MADE = {
     "scion": Case(lambda: dm.scion(schedule, RADII, norms=NORMS), takes_mask=False),
     **DROPPING,
 }
+# What holds its parts to the types of their states: Optax's own promote.
+HOLDING = {
+    "chain_subtrees": Case(
+        lambda: dm.chain_subtrees({"x": optax.adamw(0.1)}, "x"), takes_mask=False
+    ),
+    "on_mesh": Case(lambda: dm.on_mesh(optax.adam(0.1)), takes_mask=False),
+    "record_gains": Case(
+        lambda: dm.record_gains(optax.chain(optax.adam(0.1), optax.ema(0.9)), ADAPTIVE),
+        takes_mask=False,
+    ),
+    "all_of_them": Case(
+        lambda: dm.on_mesh(dm.chain_subtrees({"x": dm.on_mesh(optax.lion(0.1))}, "x")),
+        takes_mask=False,
+    ),
+}
 FLOATS = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 PAIRS = {f"{p}_{g}": (FLOATS[p], FLOATS[g]) for p in FLOATS for g in FLOATS}
 
@@ -615,12 +630,12 @@ def assert_a_step_keeps_types(case: Case, params: Any, grads: Any) -> None:
         for name, pair in PAIRS.items()
     ],
 )
-@over(READY_MADE)
+@over(READY_MADE | HOLDING)
 def test_a_step_keeps_all_types_of_parameters_and_state(case, dtypes):
     assert_a_step_keeps_types(case, *(case.tree(i, dtype) for i, dtype in enumerate(dtypes)))
 
 
-@over(READY_MADE)
+@over(READY_MADE | HOLDING)
 def test_weakly_typed_parameters_get_a_state_of_strong_types_that_stay(case):
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), case.tree(0))
     assert all(leaf.weak_type for leaf in jax.tree.leaves(params))

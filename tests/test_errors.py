@@ -93,6 +93,11 @@ def updated_from(state_of: Any, tx: Any = MVR, params: Any = PARAMS) -> Any:
     return tx.update(PARAMS, state_of.init(PARAMS), params, prev_params_grads=PARAMS)
 
 
+def step_without_params() -> Any:
+    tx = dm.scion(0.1, RADII)
+    return tx.update(KERNELS, tx.init(KERNELS))
+
+
 def injected(factory: Any, **arguments: Any) -> Any:
     return optax.inject_hyperparams(factory)(**arguments).init(KERNELS)
 
@@ -538,9 +543,6 @@ bad_value("the containers differ", updated, MVR, [X], prev_params_grads={"0": X}
 bad_value("mvr_momentum keeps the parameters: pass them to update", updated_from, MVR, MVR, None)
 bad_value("keep_prev_params keeps the parameters: pass", updated_from, KEEPER, KEEPER, None)
 bad_value("params has shape (1, 2) at 'head/bias'", updated_from, MVR, MVR, LONGER)
-bad_type("given to mvr_momentum is none of variant 1 … tx.init", updated_from, dm.momentum())
-bad_type("none of variant 2", updated_from, MVR, dm.mvr_momentum(variant=2))
-bad_type("given to mars_momentum is that of another momentum", updated_from, MVR, MARS)
 bad_value("leave per_layer out", dm.per_layer(MVR, LAYERS).init, PARAMS)
 bad_value("'head/bias'. Is there a dm.mvr", dm.prev_params, dm.momentum().init(PARAMS), PARAMS)
 bad_value("of 'head/bias'. … keep_prev_params()", dm.prev_params, MVR.init(KERNELS), PARAMS)
@@ -574,15 +576,16 @@ bad_value("'mid/kernel' is 'gate', and radii has no such", scion, roles={"mid/ke
 bad_value("pattern 'mit' matches no leaf … Did you mean 'mid'?", scion, roles={"mit": "head"})
 bad_type("roles must be a mapping from path patterns to roles", scion, roles=["head"])
 bad_type("roles maps path patterns to role names, got 'a': 3", dm.Roles, {"a": 3})
-bad_value("A constrained step … pass them to update", dm.scion(0.1, RADII).update, KERNELS, None)
+bad_value("A constrained step … pass them to update", step_without_params)
 bad_value("'head' is 'head', and radii has only ['hidden']", scion_init, {"hidden": 1.0})
 bad_type("radii['head'] must be a number … first value", scion_init, {"head": lambda count: 1.0})
 
 # The roles of leaves.
 bad_value("No leaf is the head … ['a', 'b'] … has_head=False", labels, a=(3, 3), b=(3, 3))
-bad_value("'a' … depthwise … grey … ={'a': 'hidden'}", labels, a=(3, 3, 1, 8), b=(3, 3, 1, 8))
-bad_value("'a' … depthwise convolution", labels, a=(4, 1, 32), b=(3, 3, 1, 8))
-bad_value("'depthwise' … dm.norms.row_norm", labels, depthwise=(3, 3, 8, 1))
+TWO = "'a' … depthwise … grey … ={'a': 'depthwise'} … Grouped(1)"
+bad_value(TWO, labels, a=(3, 3, 1, 8), b=(3, 3, 1, 8))
+bad_value("'b' … depthwise convolution", labels, a=(4, 1, 32), b=(3, 3, 1, 8))
+bad_value("'depthwise' … no matrix … ={'depthwise': 'in_out'}", labels, depthwise=(3, 3, 8, 1))
 bad_value("'a' of shape (4, 516) looks like a table … ={'a': 'embedding'}", labels, a=(4, 516))
 for tx in (dm.muon(0.1), dm.gluon(0.1)):
     bad_value("'a' of shape (4, 516) looks like a table", tx.init, {"a": jnp.ones((4, 516))})

@@ -69,11 +69,12 @@ CHAIN = optax.chain(
 )
 # The part of drop_muon for everything that is no matrix, of which there is nothing here.
 AUXILIARY = {"transforms.per_layer", "layers.layers", "_checks"}
+STATE = {"layers.states"}  # looks up whether the state fits
 
 
 @pytest.mark.parametrize(
     ("tx", "beside"),
-    [(CHAIN, MESH), (dm.drop_muon(0.1, LAYERS), MESH | AUXILIARY)],
+    [(CHAIN, MESH | STATE), (dm.drop_muon(0.1, LAYERS), MESH | AUXILIARY | STATE)],
     ids=["chain", "drop_muon"],
 )
 def test_a_matrix_visits_at_most_ten_modules(tx, beside):

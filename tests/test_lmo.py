@@ -86,7 +86,7 @@ def test_a_step_of_a_tree_is_its_norms_of_each_matrix(name):
 # The shape of a leaf, its dimension numbers, the order of axes and the shape in which it is a stack
 # of matrices (fan-in, fan-out), and Scion's shape factor of these.
 AXES: dict[str, Any] = {
-    "image": ((3, 2, 4, 5), None, (0, 1, 2, 3), (1, 24, 5), (5 / 4) ** 0.5 / 6),
+    "image": ((3, 2, 4, 5), "in_out", (0, 1, 2, 3), (1, 24, 5), (5 / 4) ** 0.5 / 6),
     "equinox": ((5, 4, 3, 2), "out_in", (2, 3, 1, 0), (1, 24, 5), (5 / 4) ** 0.5 / 6),
     "sound": ((3, 2, 5), "in_out", (0, 1, 2), (1, 6, 5), (5 / 2) ** 0.5 / 3),
     "video": ((2, 1, 3, 2, 5), "in_out", (0, 1, 2, 3, 4), (1, 12, 5), (5 / 2) ** 0.5 / 6),

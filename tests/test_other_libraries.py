@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import equinox as eqx
+import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -123,17 +124,72 @@ def test_an_equinox_model_learns_in_steps_of_the_due_size():
     traced = dm.trace_layers(loss_fn, params, IMAGES, TARGETS)
     assert traced.names == ("stem", "norm", "squeeze", "expand", "head")
     layers = dm.layers_by_path(params, [("stem", "norm"), "squeeze", "expand", "head"])
-    layout = {"layout": "out_in", "dimension_numbers": "out_in"}
-    check_run(loss_fn, params, layers, IMAGES, TARGETS, kernel="weight", **layout)
-
+    # The modules say how they keep their weights; in a tree without them somebody has to.
+    check_run(loss_fn, params, layers, IMAGES, TARGETS, kernel="weight", layout="out_in")
     with pytest.raises(ValueError, match=r"'stem/weight' .*Equinox.*='out_in' or 'in_out'"):
-        dm.drop_muon(0.1, layers).init(params)
+        dm.muon(0.1).init({"stem/weight": params.stem.weight})
     for call in (
         lambda: dm.layers_by_path(model, traced.names),
         lambda: dm.muon(0.1, dimension_numbers="out_in").init(model),
     ):
         with pytest.raises(TypeError, match=r"eqx\.filter\(model, eqx\.is_inexact_array\)"):
             call()
+
+
+KEY = jax.random.key(0)
+# What each leaf of a layer is, and of a matrix the groups and the shape (fan-in, fan-out) of one.
+EQUINOX: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (eqx.nn.Linear(8, 32, key=KEY), {"weight": (1, 8, 32)}),
+    "one": (eqx.nn.Linear(8, "scalar", key=KEY), {"weight": (1, 8, 1)}),
+    "conv1d": (eqx.nn.Conv1d(3, 16, 5, key=KEY), {"weight": (1, 15, 16)}),
+    "conv2d": (eqx.nn.Conv2d(3, 16, (7, 2), key=KEY), {"weight": (1, 42, 16)}),
+    "conv3d": (eqx.nn.Conv3d(3, 16, 2, key=KEY), {"weight": (1, 24, 16)}),
+    "grey": (eqx.nn.Conv2d(1, 16, 3, key=KEY), {"weight": (1, 9, 16)}),
+    "transposed": (eqx.nn.ConvTranspose2d(3, 16, 3, key=KEY), {"weight": (1, 27, 16)}),
+    "depthwise": (eqx.nn.Conv2d(6, 12, 3, groups=6, key=KEY), {"weight": (6, 9, 2)}),
+    "grouped": (eqx.nn.ConvTranspose1d(6, 8, 3, groups=2, key=KEY), {"weight": (2, 9, 4)}),
+    "lstm": (eqx.nn.LSTMCell(4, 8, key=KEY), {"weight_ih": (1, 4, 32), "weight_hh": (1, 8, 32)}),
+    "gru": (eqx.nn.GRUCell(4, 8, key=KEY), {"weight_ih": (1, 4, 24), "weight_hh": (1, 8, 24)}),
+    "attention": (eqx.nn.MultiheadAttention(2, 8, key=KEY), {"query_proj/weight": (1, 8, 8)}),
+    "tok": (eqx.nn.Embedding(20, 8, key=KEY), {}),
+    "norm": (eqx.nn.LayerNorm((5, 8)), {}),
+    "prelu": (eqx.nn.PReLU(jnp.ones((8, 4))), {}),
+    "weight_norm": (eqx.nn.WeightNorm(eqx.nn.Linear(8, 5, key=KEY)), {"layer/weight": (1, 8, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", EQUINOX)
+def test_every_layer_of_equinox_steps_by_its_own_matrices(name):
+    layer, matrices = EQUINOX[name]
+    params = {name: eqx.filter(layer, eqx.is_inexact_array)}
+    labels = by_path(jax.tree.map(lambda x: x == "matrix", dm.matrix_labels(params)))
+    assert dm.Roles(has_head=False).table(params) == dm.Roles(has_head=False).table(
+        params, "out_in"
+    )
+    others = {path for path, is_matrix in labels.items() if not is_matrix}
+    due = {f"{name}/{path}": shape for path, shape in matrices.items()}
+    assert not others & set(due)
+    assert {path.rpartition("/")[2] for path in set(labels) - others - set(due)} <= {"weight"}
+    grads = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), params)
+    tx = dm.muon(1.0, **EXACT)
+    steps = by_path(jax.jit(lambda g: tx.update(g, tx.init(params), params)[0])(grads))
+    for path, (groups, fan_in, fan_out) in due.items():
+        for part in np.split(steps[path], groups):  # each (out, in, *window)
+            values = np.linalg.svd(part.reshape(fan_out, fan_in), compute_uv=False)
+            np.testing.assert_allclose(values, max(1, fan_out / fan_in) ** 0.5, rtol=1e-4)
+
+
+def test_several_layers_of_equinox_in_one_are_no_window():
+    make = eqx.filter_vmap(lambda key: eqx.nn.Conv2d(3, 4, 3, key=key))
+    params = {"net": make(jax.random.split(KEY, 3))}
+    for numbers in (None, "out_in"):
+        with pytest.raises(
+            ValueError, match=r"'net/weight' .* than the weight of one Conv2d.*dm\.st"
+        ):
+            dm.muon(0.1, dimension_numbers=numbers).init(params)
+    axes = MuonDimensionNumbers((2, 3, 4), 1)
+    dm.muon(0.1, dimension_numbers={"net/weight": axes}).init(params)
+    dm.drop_muon(0.1, dm.layers_by_path(params, [dm.stacked("net")])).init(params)
 
 
 @pytest.mark.parametrize("name", ["scion", "gluon"])
@@ -194,6 +250,42 @@ def test_a_haiku_model_learns_in_steps_of_the_due_size_and_its_statistics_advanc
     assert counters[1] - counters[0] == 40
     with pytest.raises(TypeError, match=r"'norm/~/mean_ema/counter' is an array of int32"):
         dm.layers_by_path(last, ["norm"])
+
+
+# What a layer of Haiku or Flax is called, what makes it, the leaf in doubt, and what it is.
+CONVOLUTIONS: dict[str, tuple[Any, Any]] = {
+    "haiku": (lambda x: hk.Conv2D(8, 3)(x), None),
+    "haiku_transpose": (lambda x: hk.Conv2DTranspose(8, 3)(x), "transposed"),
+    "haiku_transpose_square": (lambda x: hk.Conv2DTranspose(4, 3)(x), "transposed"),
+    "haiku_no_bias": (lambda x: hk.Conv2DTranspose(8, 3, with_bias=False)(x), "transposed"),
+    "haiku_depthwise": (lambda x: hk.DepthwiseConv2D(1, 3)(x), "depthwise"),
+    "haiku_multiplier": (lambda x: hk.DepthwiseConv2D(2, 3)(x), dm.layers.Grouped(4)),
+    "flax": (nn.Conv(8, (3, 3)), None),
+    "flax_in": (nn.ConvTranspose(8, (3, 3)), None),
+    "flax_out": (nn.ConvTranspose(8, (3, 3), transpose_kernel=True), "transposed"),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_in_other_layouts_are_refused_until_one_argument_says_which(name):
+    layer, layout = CONVOLUTIONS[name]
+    init = layer.init if isinstance(layer, nn.Module) else hk.transform(layer).init
+    params = init(KEY, jnp.ones((1, 8, 8, 4)))
+    params = {"ConvTranspose_0": params["params"]} if "params" in params else params
+    if layout is None:
+        dm.muon(0.1).init(params)
+        return
+    (leaf,) = (path for path, x in by_path(params).items() if x.ndim == 4)
+    with pytest.raises(ValueError, match=rf"'{leaf}' .*may be a .*convolution.*'transposed'"):
+        dm.muon(0.1).init(params)
+    grads = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), params)
+    tx = dm.muon(1.0, dimension_numbers={leaf: layout}, **EXACT)
+    step = by_path(tx.update(grads, tx.init(params), params)[0])[leaf]
+    if layout == "transposed":  # fan-in 9 · 4
+        step = step.swapaxes(-1, -2)
+    parts = np.split(step, 1 if layout == "transposed" else 4, axis=-1)
+    for matrix in (part.reshape(-1, part.shape[-1]) for part in parts):
+        np.testing.assert_allclose(matrix.T @ matrix, np.eye(len(matrix.T)), atol=1e-4)
 
 
 # --- Keras on JAX: variables by their paths -------------------------------------------------------

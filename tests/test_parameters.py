@@ -3,12 +3,14 @@
 import re
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 import dropmuon_jax as dm
 
@@ -31,6 +33,9 @@ ENTRANCES = {
     "trace_layers": lambda tree: dm.trace_layers(lambda p: 0.0, tree),
     "scion_init": lambda tree: dm.optimizers.scion_init(jax.random.key(0), tree, RADII),
     "check_optimizer": lambda tree: dm.check_optimizer(optax.sgd(0.1), tree),
+    "matrix_labels": dm.matrix_labels,
+    "table": dm.Roles(has_head=False).table,
+    "plan_layouts": lambda tree: dm.sharding.plan_layouts(tree, AbstractMesh((2,), ("x",))),
 } | {
     name: tx.init
     for name, tx in {
@@ -59,6 +64,10 @@ STATE = "keep them beside the parameters"
 NNX = "nnx.state(module, nnx.Param)"
 
 NET = Net(nnx.Rngs(0))
+PURE = nnx.to_pure_dict(nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))))  # which has lost its types
+STATISTICS = {"BatchNorm_0": {"mean": jnp.ones(3), "var": jnp.ones(3)}}
+VARIABLES = {"params": PARAMS, "batch_stats": STATISTICS}
+EQUINOX = eqx.filter(eqx.nn.BatchNorm(3, "batch", mode="batch"), eqx.is_inexact_array)
 
 # What may be in the place of `stem`, what the message calls it, and the cure it names.
 BAD_LEAVES: list[tuple[Any, str, str]] = [
@@ -82,6 +91,18 @@ BAD_TREES: list[tuple[Any, str, str]] = [
         {"params": PARAMS, "batch_stats": {"mean": jnp.zeros(3)}},
         *("holds 'batch_stats' beside 'params'", "variables['params']"),
     ),
+    # The same below the root, and statistics that nothing but their names tells.
+    ([VARIABLES], "holds 'batch_stats' beside 'params'", "variables['params']"),
+    ({"encoder": VARIABLES}, "holds 'batch_stats' beside 'params'", "variables['params']"),
+    (PURE, "'mean' is a running statistic", NNX),
+    ((PARAMS, STATISTICS), "'1/BatchNorm_0/mean' is a running", "['params']"),
+    ({"batch_stats": {"norm": {"mean": jnp.ones(3)}}}, "'batch_stats/norm/mean'", "['params']"),
+    (
+        {"bn/moving_mean": jnp.ones(3), **PARAMS},
+        "'bn/moving_mean' is a running",
+        "trainable_variables",
+    ),
+    ({"norm": EQUINOX}, "'norm/batch_state_index' is a running", "eqx.nn.make_with_state"),
 ]
 
 
@@ -92,6 +113,13 @@ def test_what_is_not_trained_is_named_with_its_cure(entrance):
         words = ".*".join(map(re.escape, (kind, cure)))
         with pytest.raises(TypeError, match=f"(?s)params.*{words}"):
             ENTRANCES[entrance](tree)
+
+
+def test_what_is_called_as_statistics_are_but_is_trained_passes():
+    gaussian = {"mean": {"kernel": jnp.eye(3)}, "var": jnp.ones(3), "prior": {"mean": jnp.ones(3)}}
+    dm.muon(0.1).init({"actor": {"params": gaussian}, "critic": {"params": PARAMS}})
+    delivered = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")[0]
+    dm.muon(0.1).init(eqx.filter({"norm": delivered, **PARAMS}, eqx.is_inexact_array))
 
 
 def test_none_in_the_place_of_what_a_filter_takes_out_is_no_leaf():

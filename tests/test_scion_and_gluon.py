@@ -10,7 +10,7 @@ import pytest
 
 import dropmuon_jax as dm
 
-SHAPES = {"embed": (6, 4), "conv": (3, 2, 4, 5), "dense": (5, 7), "bias": (7,), "head": (7, 3)}
+SHAPES = {"embed": (6, 4), "conv": (3, 3, 4, 5), "dense": (5, 7), "bias": (7,), "head": (7, 3)}
 ROLES = {"embed": "embedding", "conv": "hidden", "dense": "hidden", "bias": "bias", "head": "head"}
 RADII = {"embedding": 2.0, "hidden": 3.0, "bias": 0.5, "head": 40.0}
 

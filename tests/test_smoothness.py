@@ -80,8 +80,8 @@ def assert_samples(samples, expected, rtol=1e-4):
 )
 def test_samples_are_in_the_norm_of_the_leaf(norm, shape):
     numbers = np.random.default_rng(1).normal(size=(2, 2, *shape)).astype(np.float32)
-    points = [({"w": np.array(x)}, {"w": np.array(g)}) for x, g in numbers]
-    assert_samples(run(points, norm)["w"], changes(points, "w", norm))
+    points = [({"conv": np.array(x)}, {"conv": np.array(g)}) for x, g in numbers]
+    assert_samples(run(points, norm)["conv"], changes(points, "conv", norm))
 
 
 def test_a_norm_with_an_iteration_needs_no_svd_and_is_as_accurate_as_it():

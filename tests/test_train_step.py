@@ -232,24 +232,6 @@ def test_a_plain_optimizer_moves_no_inactive_parameter():
     assert not params["stem"]["kernel"].is_deleted()
 
 
-def test_micro_batches_of_a_step_share_a_depth():
-    sampler = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0, steps_per_draw=2)
-    steps = optax.MultiSteps(make_optimizer(), 2)
-    optimizer = optax.GradientTransformationExtraArgs(steps.init, steps.update)
-    step_fn, params = dm.train_step(loss_fn, optimizer, sampler), make_params()
-    state, losses = optimizer.init(params), []
-    for step in range(20):
-        before = copy(params)
-        params, state, loss = step_fn(step, params, state, X)
-        losses.append(float(loss))
-        if step % 2 == 0:
-            chex.assert_trees_all_equal(before, params)
-        else:
-            frozen = NAMES[: sampler.depth(step)]
-            chex.assert_trees_all_equal(*([tree[k] for k in frozen] for tree in (before, params)))
-    assert losses[-1] < losses[0]
-
-
 # --- Errors name the argument and the way out -----------------------------------------------------
 
 

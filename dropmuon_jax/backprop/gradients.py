@@ -8,20 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
-from dropmuon_jax._checks import describe
+from dropmuon_jax._checks import check_parameters, describe
+from dropmuon_jax.layers.states import refuse_unfit, state_like
 from dropmuon_jax.layers.trees import (
+    inside_update,
     is_static,
-    leaf_paths,
     resolve_whole_mask,
     restructure_like,
-    trusted_masks,
     where_active,
 )
-from dropmuon_jax.transforms.masked import state_like
 from dropmuon_jax.transforms.prev_params import keeps_prev_params, prev_params
 
 _MISSING = object()
@@ -77,6 +75,7 @@ def masked_value_and_grad(
             return loss_fn(treedef.unflatten(merged), *args, **kwargs)
 
         active_leaves = [leaf for on, leaf in zip(active, leaves, strict=True) if on]
+        _check_differentiable(treedef, active, leaves)
         value, active_grads = jax.value_and_grad(loss_of_active, has_aux=has_aux)(active_leaves)
         chosen = iter(active_grads)
         grads = [
@@ -158,7 +157,20 @@ def _required_mask(layer_mask: Any, params: optax.Params) -> Any:
             "The keyword argument 'layer_mask' is missing. Pass layer_mask=layers.mask(depth), or "
             "layer_mask=None for all layers."
         )
+    if layer_mask is None:
+        return jax.tree.map(lambda _: True, params)
     return resolve_whole_mask(layer_mask, params)
+
+
+def _check_differentiable(treedef: Any, active: list[bool], leaves: list[Any]) -> None:
+    """Error for an active leaf that has no gradient."""
+    has_none = [
+        on and not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
+        for on, leaf in zip(active, leaves, strict=True)
+    ]
+    if any(has_none):
+        kept = [leaf if bad else None for bad, leaf in zip(has_none, leaves, strict=True)]
+        check_parameters(treedef.unflatten(kept))
 
 
 def _of_active_layers(flag: Any, grad: Array) -> Array:
@@ -175,10 +187,10 @@ def masked_step(
     """
 
     def step(params: Any, opt_state: Any, layer_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_state(opt_state, jax.eval_shape(optimizer.init, params))
+        refuse_unfit(opt_state, optimizer.init, params)
         layer_mask = resolve_whole_mask(layer_mask, params)
         extra_args = {"layer_mask": layer_mask}
-        with trusted_masks():
+        with inside_update(has_mask=True):
             if keeps_prev_params(opt_state):
                 gradients = masked_value_and_grad_pair(loss_fn, has_aux=True)
                 args = prev_params(opt_state, params), *args
@@ -192,21 +204,6 @@ def masked_step(
         return params, state_like(opt_state, new_state), value
 
     return step
-
-
-def _check_state(state: Any, expected: Any) -> None:
-    """Error unless a state has the leaves and shapes of the one that the optimizer makes."""
-    given, shapes = (
-        dict(zip(leaf_paths(tree), map(np.shape, jax.tree.leaves(tree)), strict=True))
-        for tree in (state, expected)
-    )
-    if given != shapes:
-        paths = [path for path in {**shapes, **given} if shapes.get(path) != given.get(path)]
-        raise ValueError(
-            "opt_state is not the state of this optimizer for these parameters: they differ in "
-            f"{', '.join(map(repr, paths[:3]))}. Make it with optimizer.init(params), of an NNX "
-            "module with optimizer.init(nnx.state(module, nnx.Param))."
-        )
 
 
 def _apply(flag: Any, param: Any, update: Any) -> Any:

@@ -87,8 +87,6 @@ def scan_layers(
         [ 0. 10.  6.]
         [0. 0. 6.]
         [0. 0. 0.]
-        >>> gradient._cache_size()
-        1
 
     References:
         The cut is Drop-Muon's (Gruntkowska, Maziane, Qu, Richtárik, 2025, arXiv:2510.02239). To

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
 from dropmuon_jax._checks import describe
-from dropmuon_jax.layers.trees import take_row, write_row, zeros_for_rows
+from dropmuon_jax.layers.rows import take_row, write_row, zeros_for_rows
 from dropmuon_jax.sampling.sampler import DepthSampler
 
 Leaves = list[Any]

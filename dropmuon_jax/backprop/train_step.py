@@ -14,11 +14,13 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
+from dropmuon_jax.backprop.carried import as_returned
 from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
 from dropmuon_jax.backprop.traced_depth import check_sampler
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
 from dropmuon_jax.sampling.record import PlanReader
 from dropmuon_jax.sampling.sampler import DepthSampler
+from dropmuon_jax.transforms.accumulation import check_accumulation, check_call
 
 
 def train_step(
@@ -45,8 +47,7 @@ def train_step(
     * Flax Linen with batch statistics: they are a further argument, and the new ones `aux`.
     * Stacked layers: one executable serves all depths. `loss_fn` must take the keyword argument
       `depth`, and give `layers.stack_depth(depth)` to :func:`scan_layers`.
-    * Accumulation: `optax.GradientTransformationExtraArgs(steps.init, steps.update)` of an
-      `optax.MultiSteps`, and a sampler with `steps_per_draw` of as many micro-batches.
+    * Accumulation: the optimizer in :func:`accumulate`; `step` then counts micro-batches.
 
     Args:
         loss_fn: A function of `(params, *args, **kwargs)` that returns a scalar, or
@@ -72,7 +73,8 @@ def train_step(
     Raises:
         TypeError: For an argument of the wrong kind; if layers are stacked and `loss_fn` takes no
             `depth`; in a step, if its number is no Python integer.
-        ValueError: In a step, if `opt_state` does not fit optimizer and parameters.
+        ValueError: In a step, if `opt_state` does not fit optimizer and parameters, or gathers
+            micro-batches that do not share a draw, as that of `optax.MultiSteps` may.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -107,7 +109,7 @@ class TrainStep:
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._is_stacked = bool(sampler.layers.stacks)
         self._takes_depth = _takes_depth(loss_fn, self._is_stacked)
-        self._is_checked = jax.process_count() == 1
+        self._is_checked = False
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
         self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
@@ -134,7 +136,9 @@ class TrainStep:
                 "step_fn(step, params, opt_state, *args)."
             )
         if not self._is_checked:
-            self.sampler.check_processes(step, opt_state)
+            check_call(opt_state, step)
+            if jax.process_count() > 1:
+                self.sampler.check_processes(step, opt_state)
             self._is_checked = True
         active = self._draws.active(step, opt_state)
         inputs = self._inputs(params, opt_state, args, kwargs)
@@ -203,13 +207,14 @@ class TrainStep:
         nnx: Any = sys.modules.get("flax.nnx")
         if nnx is not None and isinstance(params, nnx.Module):
             graphdef, params, rest = nnx.split(params, nnx.Param, ...)
-        carried = _as_returned((params, opt_state, rest), (args, kwargs), self._shardings)
+        carried = as_returned((params, opt_state, rest), (args, kwargs), self._shardings)
         return *carried, args, kwargs, graphdef
 
     def _train_step(
         self, params: Any, state: Any, rest: Any, args: Any, kwargs: Any, graphdef: Any, *drawn: Any
     ) -> tuple[Any, ...]:
         """The step as a pure function; `rest` is what a module has beside its parameters."""
+        check_accumulation(state, self.sampler)
         layer_mask, depth = self._mask(*drawn)
         kwargs = {**kwargs, "depth": depth} if self._takes_depth else kwargs
         loss_fn = loss_of_params(self._loss_fn, self._has_aux, graphdef, rest)
@@ -254,47 +259,3 @@ def _possible_draws(sampler: DepthSampler) -> list[tuple[bool, ...]]:
         if not any(x is program.invars[0] for x in used):  # the same in every step
             drawn = np.asarray(sampler.probabilities(0)) > 0
     return list(dict.fromkeys(map(tuple, sampler.subsets[drawn].tolist())))
-
-
-def _as_returned(carried: Any, others: Any, shardings: Any) -> Any:
-    """What steps carry on, in the types and places in which they return it.
-
-    So the first step is compiled for all: arrays are strongly typed, and lie where `shardings` say
-    or on the device on which another argument has been put.
-    """
-    leaves = jax.tree.leaves(carried)
-    if any(getattr(x, "weak_type", False) for x in leaves):
-        carried = jax.tree.map(_strong, carried)
-    if all(map(_is_put, leaves)):
-        return carried
-    if shardings is not None:
-        *parts, rest = carried
-        return *map(_put, parts, shardings), rest
-    put = list(filter(_is_put, [*leaves, *jax.tree.leaves(others)]))
-    devices = set().union(*(x.sharding.device_set for x in put))
-    if len(devices) != 1:  # with arrays on several, JAX says what does not fit
-        return carried
-    return _put(carried, jax.device_put(np.int32(0), *devices).sharding)
-
-
-def _is_put(x: Any) -> bool:
-    return getattr(x, "committed", False)
-
-
-def _put(tree: Any, shardings: Any) -> Any:
-    """The arrays of a tree in other places, if shardings are given, for all or for each."""
-
-    def put(x: Any, sharding: Any) -> Any:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
-
-    if shardings is None:
-        return tree
-    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
-
-
-def _strong(x: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return jnp.asarray(x, x.dtype)

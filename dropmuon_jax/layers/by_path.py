@@ -91,6 +91,7 @@ def layers_by_path(
             3  head           2          10   11.1%
                total          8          90  100.0%
     """
+    patterns = patterns if isinstance(patterns, str | StackedPatterns) else tuple(patterns)
     groups = _pattern_groups(patterns)
     check_parameters(params)
     paths = leaf_paths(params)

@@ -1,27 +1,28 @@
 """Leaves as matrices: which axes of a leaf are fan-in and which fan-out."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import check_choice
-from dropmuon_jax.layers.by_path import match_leaves
-from dropmuon_jax.layers.trees import leaf_paths, masked_paths
-
-# "in_out" is (*window, in, out), as Flax, Haiku and Keras keep kernels; "out_in" is
-# (out, in, *window), as Equinox and PyTorch do.
-LeafNumbers = MuonDimensionNumbers | Literal["in_out", "out_in"]
-DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
-LAYOUTS = ("in_out", "out_in")
-# Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
-# such a name may be (in, out).
-NAMES_IN_DOUBT = ("weight", "weight_ih", "weight_hh")
+from dropmuon_jax.layers.kinds import check_axes
+from dropmuon_jax.layers.sites import (
+    LAYOUTS,
+    Grouped,
+    Site,
+    sites_of,
+)
+from dropmuon_jax.layers.sites import DimensionNumbers as DimensionNumbers
+from dropmuon_jax.layers.sites import LeafNumbers as LeafNumbers
+from dropmuon_jax.layers.sites import check_dimension_numbers as check_dimension_numbers
+from dropmuon_jax.layers.trees import leaf_paths
 
 
 class MatrixAxes(NamedTuple):
@@ -33,6 +34,8 @@ class MatrixAxes(NamedTuple):
     fan_out: tuple[int, ...]
     window: tuple[int, ...] = ()
     """The fan-in axes over which a convolution slides."""
+    groups: int = 1
+    """The parts of the fan-out axis, each of which is that of a matrix of its own."""
 
 
 class MatrixShape(NamedTuple):
@@ -43,32 +46,6 @@ class MatrixShape(NamedTuple):
     fan_out: int
     window: int = 1
     """Entries of a convolution's window: height · width."""
-
-
-def check_dimension_numbers(dimension_numbers: Any) -> None:
-    """Error unless the argument is dimension numbers, a mapping to them, or None."""
-    if not isinstance(dimension_numbers, MuonDimensionNumbers | Mapping | None | str):
-        raise TypeError(
-            "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'in_out', 'out_in', "
-            f"or a mapping from path patterns to them, got {dimension_numbers!r}."
-        )
-    if isinstance(dimension_numbers, str):
-        check_choice("dimension_numbers", dimension_numbers, LAYOUTS)
-
-
-def numbers_of_leaves(
-    dimension_numbers: DimensionNumbers | None, paths: Sequence[str], elsewhere: Sequence[str] = ()
-) -> list[LeafNumbers | None]:
-    """The dimension numbers of the leaf at each path; None where a mapping says nothing of it.
-
-    Raises:
-        ValueError: For a pattern that matches no path, here or elsewhere, and for a path that two
-            patterns match.
-    """
-    if not isinstance(dimension_numbers, Mapping):
-        return [dimension_numbers] * len(paths)
-    matches = match_leaves("dimension_numbers", dimension_numbers, paths, elsewhere)
-    return [matches[path].value if path in matches else None for path in paths]
 
 
 def vector_axes(tree: optax.Params) -> list[MatrixAxes]:
@@ -93,40 +70,54 @@ def matrix_axes(
         ValueError: For a leaf that is no matrix, or whose layout is not known, naming its path; for
             a pattern of the mapping that matches no leaf, or a leaf that two patterns match.
     """
-    paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
-    numbers = numbers_of_leaves(dimension_numbers, paths, masked_paths(tree))
+    leaves, structure = jax.tree.flatten(tree)
+    by_pattern = isinstance(dimension_numbers, Mapping)
+    said: Any = tuple(dimension_numbers.items()) if by_pattern else dimension_numbers
+    given: Any = structure, tuple(leaf.shape for leaf in leaves), by_pattern, said, vectors
+    try:
+        hash(given)
+    except TypeError:  # a module of Equinox with a static field that has no hash
+        return _matrix_axes.__wrapped__(*given)
+    return _matrix_axes(*given)
+
+
+@functools.lru_cache(maxsize=1024)
+def _matrix_axes(
+    structure: Any, shapes: Sequence[tuple[int, ...]], by_pattern: bool, said: Any, vectors: bool
+) -> list[MatrixAxes]:
+    """The axes of a tree of this structure, looked up once: an update knows them from `init`."""
+    tree = structure.unflatten(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+    sites = sites_of(tree, dict(said) if by_pattern else said)
+    check_axes(sites)
     return [
-        MatrixAxes(path, (), tuple(range(leaf.ndim)))
-        if vectors and leaf.ndim < 2
-        else leaf_axes(path, leaf.shape, spec)
-        for path, leaf, spec in zip(paths, leaves, numbers, strict=True)
+        MatrixAxes(site.path, (), tuple(range(len(site.shape))))
+        if vectors and len(site.shape) < 2
+        else _axes_of(site)
+        for site in sites
     ]
 
 
-def leaf_axes(path: str, shape: tuple[int, ...], numbers: LeafNumbers | None) -> MatrixAxes:
+def _axes_of(site: Site) -> MatrixAxes:
     """The axes of a leaf of two axes or more; an error if they are not known."""
+    path, shape, numbers = site.path, site.shape, site.numbers
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(
             f"An LMO of matrices needs matrices, and leaf '{path}' has shape {shape}. Give vectors "
             "and scalars a chain of their own with dm.chain_subtrees."
         )
-    if numbers is None:
-        _check_layout_is_known(path, shape)
-        numbers = "in_out"
-    if numbers == "in_out":
-        window = tuple(range(ndim - 2))
-        return MatrixAxes(path, (*window, ndim - 2), (ndim - 1,), window)
-    if numbers == "out_in":
-        window = tuple(range(2, ndim))
-        return MatrixAxes(path, (*window, 1), (0,), window)
-    if isinstance(numbers, str):
-        check_choice(f"dimension_numbers of leaf '{path}'", numbers, LAYOUTS)
-    if not isinstance(numbers, MuonDimensionNumbers):
-        raise TypeError(
-            f"dimension_numbers of leaf '{path}' must be an optax.contrib.MuonDimensionNumbers, "
-            f"'in_out' or 'out_in', got {numbers!r}."
+    if site.is_unreadable:
+        raise ValueError(
+            f"An LMO of matrices cannot tell which axes of leaf '{path}', of shape {shape}, are "
+            f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
+            "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key may "
+            "be a pattern such as 'query/kernel' and axes in neither are batch axes; or, for a "
+            "convolution, with 'in_out', which is (*window, in, out), or 'out_in', "
+            "(out, in, *window). (Of stacked layers say in dm.layers_by_path that they are "
+            "dm.stacked, and put the LMO into dm.per_layer.)"
         )
+    if not isinstance(numbers, MuonDimensionNumbers):
+        return _axes_of_layout(site)
     axes = []
     for named in (numbers.reduction_axis, numbers.output_axis):
         named = (named,) if isinstance(named, int) else tuple(named)
@@ -143,42 +134,62 @@ def leaf_axes(path: str, shape: tuple[int, ...], numbers: LeafNumbers | None) ->
     return MatrixAxes(path, axes[0], axes[1])
 
 
-def needs_numbers(shape: tuple[int, ...]) -> bool:
-    """Whether the number of axes does not say which of them are fan-in and fan-out."""
-    # (1, in, out) is the same matrix as a batch of one and as a window of one.
-    return len(shape) not in (2, 4) and set(shape[:-2]) != {1}
-
-
-def _check_layout_is_known(path: str, shape: tuple[int, ...]) -> None:
-    """Error for a leaf that needs dimension numbers, and has none."""
-    if path.rsplit("/", 1)[-1] in NAMES_IN_DOUBT:
+def _axes_of_layout(site: Site) -> MatrixAxes:
+    """The axes of a leaf whose layout has a name."""
+    path, shape, layout = site.path, site.shape, site.layout
+    *window, first, second = range(len(shape))
+    if layout == "out_in":
+        first, second, *window = range(len(shape))
+    of_window = tuple(window)
+    if layout in LAYOUTS[2:] and not window:
         raise ValueError(
-            f"Leaf '{path}' of shape {shape} may be kept as (out, in, *window), as in Equinox and "
-            "PyTorch, or as (*window, in, out), as in Flax. Say it with "
-            "dimension_numbers='out_in' or 'in_out', for the whole tree, or by pattern, "
-            f"{{'{path}': 'out_in'}}; dm.matrix_labels and dm.Roles take them too."
+            f"dimension_numbers: {layout!r} is a layout of convolutions, and leaf '{path}' has "
+            f"shape {shape}. Of a matrix say 'in_out' or 'out_in'."
         )
-    if needs_numbers(shape):
+    if layout == "depthwise":
+        # (*window, 1, channels), or (*window, channels, multiplier): a matrix for each channel.
+        out = first if shape[first] == 1 else second
+        return MatrixAxes(path, of_window, (out,), of_window)
+    groups = site.numbers.groups if isinstance(site.numbers, Grouped) else 1
+    fan_in, fan_out = (first, second) if layout == "in_out" else (second, first)
+    if shape[fan_out] % groups:
         raise ValueError(
-            f"An LMO of matrices cannot tell which axes of leaf '{path}', of shape {shape}, are "
-            f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
-            "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key may "
-            "be a pattern such as 'query/kernel' and axes in neither are batch axes; or, for a "
-            "convolution, with 'in_out', which is (*window, in, out), or 'out_in', "
-            "(out, in, *window). (Of stacked layers say in dm.layers_by_path that they are "
-            "dm.stacked, and put the LMO into dm.per_layer.)"
+            f"dimension_numbers: leaf '{path}' of shape {shape} has {shape[fan_out]} channels out, "
+            f"which {groups} groups do not share equally."
         )
+    return MatrixAxes(path, (*of_window, fan_in), (fan_out,), of_window, groups)
 
 
 def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> MatrixShape:
     """Fan-in, fan-out and window of each matrix of a leaf."""
-    return MatrixShape(*(math.prod(leaf.shape[axis] for axis in group) for group in axes[1:]))
+    groups = axes.fan_in, axes.fan_out, axes.window
+    fan_in, fan_out, window = (math.prod(leaf.shape[axis] for axis in group) for group in groups)
+    return MatrixShape(fan_in, fan_out // axes.groups, window)
+
+
+def split_groups(leaf: jax.Array, axes: MatrixAxes) -> tuple[jax.Array, MatrixAxes]:
+    """A leaf with its groups as a batch axis before the fan-out axis; any other as it is."""
+    if axes.groups == 1:
+        return leaf, axes
+    (out,) = axes.fan_out
+    shape = (*leaf.shape[:out], axes.groups, -1, *leaf.shape[out + 1 :])
+    fan_in, window = (tuple(i + (i > out) for i in group) for group in (axes.fan_in, axes.window))
+    return leaf.reshape(shape), MatrixAxes(axes.path, fan_in, (out + 1,), window)
+
+
+def sum_of_each(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """The sum of the entries of each matrix, in a shape that broadcasts with the leaf."""
+    split, of_split = split_groups(leaf, axes)
+    total = jnp.sum(split, of_split.fan_in + of_split.fan_out, keepdims=True)
+    return total if split is leaf else jnp.broadcast_to(total, split.shape).reshape(leaf.shape)
 
 
 def to_matrices(
     leaf: jax.Array, axes: MatrixAxes
 ) -> tuple[Float[Array, "batch fan_in fan_out"], Callable[[jax.Array], jax.Array]]:
     """A leaf as a stack of matrices, and the function that makes a leaf of such a stack again."""
+    whole = leaf.shape
+    leaf, axes = split_groups(leaf, axes)
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in axes.fan_in + axes.fan_out)
     order = batch + axes.fan_in + axes.fan_out
     moved = leaf.transpose(order)
@@ -186,6 +197,6 @@ def to_matrices(
     stack = moved.reshape([math.prod(leaf.shape[axis] for axis in group) for group in groups])
 
     def restore(matrices: jax.Array) -> jax.Array:
-        return matrices.reshape(moved.shape).transpose(np.argsort(order))
+        return matrices.reshape(moved.shape).transpose(np.argsort(order)).reshape(whole)
 
     return stack, restore

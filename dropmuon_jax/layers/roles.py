@@ -1,64 +1,52 @@
 """What a leaf is in the network, from its path and shape, by stated rules."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import did_you_mean
+from dropmuon_jax._checks import check_parameters, did_you_mean
 from dropmuon_jax.layers.by_path import match_leaves
+from dropmuon_jax.layers.kinds import HEADS, check_axes, components, is_vector, kind_of
 from dropmuon_jax.layers.layers import format_table
-from dropmuon_jax.layers.matrices import (
-    NAMES_IN_DOUBT,
-    DimensionNumbers,
-    LeafNumbers,
-    check_dimension_numbers,
-    leaf_axes,
-    needs_numbers,
-    numbers_of_leaves,
-)
-from dropmuon_jax.layers.trees import leaf_paths
+from dropmuon_jax.layers.sites import DimensionNumbers, check_dimension_numbers, sites_of
 
 _MATRIX_ROLES = ("hidden", "head", "tied_head", "embedding")
 ROLES = (*_MATRIX_ROLES, "bias")
-_TABLES = {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "cls", "table"}
-_HEADS = {"head", "classifier", "logits", "unembed", "unembedding"}
-# Flax's, Haiku's and Keras's names of vectors, which some layers keep with more than one axis.
-_VECTORS = {"bias", "scale", "offset", "beta", "gamma"}
-# timm's eligibility rule for Muon (timm/optim/muon.py); beyond it a matrix looks like a table.
-_MAX_ASPECT_RATIO = 128
-# Of the square window of a convolution that is not called one; patch embeddings have 14 and 16.
-_MAX_WINDOW = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
     """What a leaf is in the network, which decides its norm and whether Muon steps it.
 
-    The first rule that fits a leaf counts:
+    Words of a path are parts of its components: `TokenEmbed_0` has the words `token` and `embed`. A
+    component is called after its last word. The first rule that fits a leaf counts:
 
     1. A pattern matches its path: that role. (A pattern that names a module as hidden, head or
-       embedding leaves its vectors, by their name or their axes, to rule 2; one that names the leaf
-       itself does not.)
-    2. It has fewer than two axes, or is called `bias`, `scale`, `offset`, `beta` or `gamma`:
-       "bias".
-    3. A word of its path (`Embed_0`, `tok_embeddings`) is among `embed`, `embedding`, `embeddings`,
-       `embedder`, `emb`, `wte`, `wpe`, `cls`, `table`, in upper or lower case, it is not called
-       `kernel`, and all but its last two axes have length 1: "embedding". Of a leaf called
-       `weight`, which may be a table or a kernel, only the name of its own module counts.
-    4. A whole component of its path is among `head`, `classifier`, `logits`, `unembed`,
-       `unembedding`, or ends with `_head` (`lm_head`, not `multi_head`): "head".
-    5. It is ambiguous, which is an error: a convolution that is called `depthwise`, or one of
-       several with one channel in (a single one is the first of grey images); a window not square,
-       or larger than 16, without `conv` in the path, which may be stacked attention; a matrix that
-       is not called `kernel` with one side more than 128 times the other, which looks like a table;
-       a `weight` in a module of a module that is called after a table, or of an unknown layout.
+       embedding leaves its vectors, as rule 2 knows them, alone; one that names the leaf does not.)
+    2. It is a vector, "bias": by having fewer than two axes; by a last word among `bias`, `scale`,
+       `offset`, `beta`, `gamma`, `alpha`, `slope`; as the `b` beside a kernel `w`, or the `weight`
+       of a norm.
+    3. It is a table, "embedding": it, or the module of a `w` or `weight`, is called after `embed`,
+       `embedding`, `embeddings`, `embedder`, `emb`, `embs`, `wte`, `wpe`, `cls`, `table`; or it has
+       the word `pos` or ends with `token`. A leaf called `kernel` is none, nor one of which another
+       axis than the last two is longer than 1.
+    4. A component of its path is called after `head`, `classifier`, `logits`, `unembed`: "head".
+    5. All its axes but one have length 1: "bias"; unless it is the `kernel`, `w` or `weight` of a
+       module, or dimension numbers name it.
     6. "hidden".
+
+    The modules of Equinox say what their leaves are, and the path is asked for heads only. What
+    has two readings is an error that asks, whatever the leaf is called: a head in a path with words
+    of tables or of attention; a `w` or `weight` in a module of a module that is called after a
+    table; a `b` without a kernel beside it; a matrix that is not called `kernel` with one side more
+    than 128 times the other; a tree in which no path has a word; and, of what is hidden or a head,
+    an axis whose meaning is in doubt. That is so of a `weight` without a layout, and of four axes
+    unless the window is square, at most 16 wide, and the module is called a convolution (`conv`,
+    `stem`, `patch_embed`, …). It is so of a convolution that may be transposed, depthwise or in
+    groups: it is called so, its bias is not as long as its channels out, or it has one channel in
+    and is not the first. LMOs refuse the same leaves; dimension numbers are the way out.
 
     A network in which no leaf is a head is an error too: names such as `Dense_3` do not say it. A
     tied embedding, which is also the output layer, is configured by `Roles({"wte": "tied_head"})`.
@@ -137,38 +125,40 @@ class Roles:
         return format_table(rows, "<<<<")
 
     def _assign(self, params: Any, dimension_numbers: DimensionNumbers | None) -> list["_LeafRole"]:
-        paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+        check_parameters(params)
         check_dimension_numbers(dimension_numbers)
-        numbers = numbers_of_leaves(dimension_numbers, paths)
-        by_pattern = isinstance(dimension_numbers, Mapping)
-        has_several = sum(map(_has_one_channel, map(np.shape, leaves), numbers)) > 1
-        matches = match_leaves("roles", dict(self.patterns), paths)
-        assigned = []
-        for path, leaf, spec in zip(paths, leaves, numbers, strict=True):
-            shape, match = tuple(np.shape(leaf)), matches.get(path)
-            is_vector = len(shape) < 2 or path.rsplit("/", 1)[-1] in _VECTORS
-            of_module = match is not None and match.value in _MATRIX_ROLES and not match.names_leaf
-            if match is not None and not (of_module and is_vector):
+        sites = sites_of(params, dimension_numbers)
+        matches = match_leaves("roles", dict(self.patterns), [site.path for site in sites])
+        unnamed = [site.path for site in sites if len(site.shape) > 1 and site.path not in matches]
+        if any(unnamed) and not any(components(site.path) for site in sites):
+            raise ValueError(
+                f"The leaves {unnamed} have no names that say what they are. Give a tree with "
+                "names, of Keras {v.path: v.value for v in model.trainable_variables}; or say it "
+                f"of each, roles={{'{unnamed[0]}': 'hidden'}}, or 'head', 'embedding' or 'bias'."
+            )
+        assigned, matrices = [], []
+        for site in sites:
+            match = matches.get(site.path)
+            is_said = match and (match.names_leaf or match.value not in _MATRIX_ROLES)
+            if not is_said and (vector := is_vector(site)):
+                role, reason = "bias", vector
+            elif match:
                 role, reason = match.value, f"'{match.pattern}'"
-            elif is_vector:
-                role, reason = "bias", "vector" if len(shape) < 2 else "its name"
-            elif _is_table(path, shape):
-                role, reason = "embedding", "its path"
             else:
-                is_called_depthwise = len(shape) > 2 and "depthwise" in path.lower()
-                if is_called_depthwise or (has_several and _has_one_channel(shape, spec)):
-                    raise ValueError(_may_be_depthwise(path, shape))
-                role, reason = _matrix_role(path, shape, spec, by_pattern)
-            assigned.append(_LeafRole(path, shape, role, reason))
+                role, reason = kind_of(site)
+            if role in ("hidden", "head"):
+                matrices.append(site)
+            assigned.append(_LeafRole(site.path, site.shape, role, reason))
+        check_axes(matrices)
         # Without leaves, params is the placeholder of optax.tree.map_params.
-        if self.has_head and paths and not any(x.role in ("head", "tied_head") for x in assigned):
+        if self.has_head and sites and not any(x.role in ("head", "tied_head") for x in assigned):
             candidates = [
                 leaf.path
                 for leaf in assigned
                 if leaf.role in ("hidden", "embedding") and len(leaf.shape) == 2
             ]
             raise ValueError(
-                f"No leaf is the head, by its path ({', '.join(sorted(_HEADS))}, or *_head). Say "
+                f"No leaf is the head, by its path ({HEADS}). Say "
                 f"which of {candidates} it is: roles={{'…': 'head'}}, or 'tied_head' for an "
                 "embedding that is the output layer too; or say roles=dm.Roles(has_head=False)."
             )
@@ -220,77 +210,3 @@ def matrix_labels(
     """
     labels = dataclasses.replace(as_roles(roles), has_head=False).labels(params, dimension_numbers)
     return jax.tree.map(lambda role: "matrix" if role in ("hidden", "head") else "other", labels)
-
-
-def _words(path: str) -> set[str]:
-    return set(re.split(r"[/_.]", path.lower()))
-
-
-def _is_table(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is a table of embeddings by its path; an error if that is ambiguous."""
-    *modules, name = path.split("/")
-    if _words(path).isdisjoint(_TABLES) or name == "kernel" or not set(shape[:-2]) <= {1}:
-        return False
-    module = next((part for part in reversed(modules) if not part.isdigit()), "")
-    if name in NAMES_IN_DOUBT and _words(module).isdisjoint(_TABLES):
-        raise ValueError(
-            f"Leaf '{path}' of shape {shape} may be a table of embeddings, or a matrix inside a "
-            f"module that is called after one. Say which: roles={{'{path}': 'embedding'}}, or "
-            "'hidden'."
-        )
-    return True
-
-
-def _has_one_channel(shape: tuple[int, ...], numbers: LeafNumbers | None) -> bool:
-    """Whether a leaf is a convolution with one channel in."""
-    channel, window = (1, shape[2:]) if numbers == "out_in" else (-2, shape[:-2])
-    return (
-        math.prod(window) > 1
-        and shape[channel] == 1
-        and not isinstance(numbers, MuonDimensionNumbers)
-    )
-
-
-def _may_be_depthwise(path: str, shape: tuple[int, ...]) -> str:
-    return (
-        f"Leaf '{path}' of shape {shape} may be a depthwise convolution, whose channels no matrix "
-        f"norm may mix, or the first of grey images. Say which: roles={{'{path}': 'hidden'}}, or a "
-        "role of your own, such as 'depthwise', with norms={'depthwise': dm.norms.row_norm()}."
-    )
-
-
-def _matrix_role(
-    path: str, shape: tuple[int, ...], numbers: LeafNumbers | None, by_pattern: bool
-) -> tuple[str, str]:
-    """The role of a leaf that is neither a vector nor a table, and why."""
-    *_, name = components = path.lower().split("/")
-    is_unreadable = numbers is None and needs_numbers(shape) and name not in NAMES_IN_DOUBT
-    window: tuple[int, ...] = ()
-    if not isinstance(numbers, MuonDimensionNumbers):
-        axes = leaf_axes(path, shape, "in_out" if is_unreadable else numbers)
-        window = tuple(shape[axis] for axis in axes.window)
-    if any(c in _HEADS or (c.endswith("_head") and c != "multi_head") for c in components):
-        return "head", "its path"
-    is_square = len(set(window)) == 1 and max(window) <= _MAX_WINDOW
-    # Three axes of a tree of one layout may as well be layers or heads, in and out.
-    looks_like_window = is_square and not (len(shape) == 3 and isinstance(numbers, str))
-    is_known = "conv" in path.lower() or (by_pattern and numbers is not None)
-    if window and not (looks_like_window or is_known or is_unreadable):
-        raise ValueError(
-            f"Leaf '{path}' of shape {shape} may be a convolution with a window of "
-            f"{'×'.join(map(str, window))}, or a stack of attention or expert kernels. Of a "
-            f"convolution say roles={{'{path}': 'hidden'}}; of a stack say the axes, in "
-            "dimension_numbers."
-        )
-    is_extreme = len(shape) == 2 and max(shape) > _MAX_ASPECT_RATIO * min(shape) > 0
-    if is_extreme and name != "kernel":
-        raise ValueError(
-            f"Leaf '{path}' of shape {shape} looks like a table of embeddings, with one side more "
-            f"than {_MAX_ASPECT_RATIO} times the other. Say what it is: roles={{'{path}': "
-            "'embedding'}, or 'hidden' or 'head'."
-        )
-    if is_unreadable:
-        return "hidden", f"{len(shape)} axes: needs dimension_numbers"
-    if window:
-        return "hidden", f"window {'×'.join(map(str, window))}"
-    return "hidden", "matrix" if len(shape) == 2 else "its dimension_numbers"

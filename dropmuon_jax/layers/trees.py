@@ -1,4 +1,4 @@
-"""Trees of parameters: the paths of their leaves, layer masks, and the layers of a stack.
+"""Trees of parameters: the paths of their leaves, and layer masks.
 
 A layer mask has the structure of the parameters and booleans as leaves, True where a leaf is
 active. The mask of stacked layers has a vector of booleans there, one for each layer of the stack.
@@ -112,17 +112,24 @@ def restructure_like(
     return jax.tree.unflatten(jax.tree.structure(reference), given)
 
 
-_TRUSTED: contextvars.ContextVar[bool] = contextvars.ContextVar("trusted_masks", default=False)
+_MASK_IN_FORCE: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
+    "mask_in_force", default=None
+)
+
+
+def mask_in_force() -> bool | None:
+    """Whether the update that runs now was given a mask, which is valid; None outside of all."""
+    return _MASK_IN_FORCE.get()
 
 
 @contextlib.contextmanager
-def trusted_masks() -> Iterator[None]:
-    """Within it, masks come from a transformation that has validated them."""
-    token = _TRUSTED.set(True)
+def inside_update(has_mask: bool) -> Iterator[None]:
+    """Within it run the parts of an update, which must see its mask, if it was given one."""
+    token = _MASK_IN_FORCE.set(has_mask)
     try:
         yield
     finally:
-        _TRUSTED.reset(token)
+        _MASK_IN_FORCE.reset(token)
 
 
 def resolve_mask(
@@ -145,16 +152,25 @@ def resolve_mask(
 
     Raises:
         TypeError: If a leaf of the mask is no boolean, naming it; or is an array in a mask without
-            stacks; or is a vector or an array, and `takes_rows` is false.
+            stacks; or is a vector or an array, and `takes_rows` is false; or if there is no mask
+            where one is in force, which was lost on the way.
         ValueError: If the mask has not the structure of the tree, or a vector not the length of its
             leaf, naming a leaf where they differ.
     """
     if layer_mask is None:
         check_extra_args(extra_args or {})
+        if mask_in_force():
+            raise TypeError(
+                "update() was given a layer mask, and a part of it that looks at the mask does not "
+                f"get it, for {', '.join(map(repr, leaf_paths(tree)[:3]))}: a wrapper around that "
+                "part takes no extra arguments. If the update of your wrapper `w` takes them, as "
+                "that of optax.MultiSteps, give optax.GradientTransformationExtraArgs(w.init, "
+                "w.update); else put it into dm.per_layer(w, layers), which freezes it whole."
+            )
         return jax.tree.map(lambda _: True, tree)
     flags, structure = jax.tree.flatten(layer_mask)
     leaves, expected = jax.tree.flatten(tree)
-    is_checked = all(isinstance(flag, bool) for flag in flags) or (takes_rows and _TRUSTED.get())
+    is_checked = all(isinstance(flag, bool) for flag in flags) or (takes_rows and mask_in_force())
     if is_checked and (structure == expected or _fits(structure, expected)):
         return expected.unflatten(flags)
     resolved = _with_structure(layer_mask, tree)
@@ -264,36 +280,4 @@ def advance_active(function: Callable[..., Any], layer_mask: Any, state: Any, *r
         layer_mask,
         state,
         *rest,
-    )
-
-
-def zeros_for_rows(function: Callable[..., Any], num_rows: int, *row: Any) -> Any:
-    """Zeros for the results of `function(*row)` of each layer of a stack, layers first."""
-    # Where types say how an array is placed, zeros take that from results that are not computed.
-    # Elsewhere not even callbacks of the function, which XLA keeps, run once more than they should.
-    is_placed = any(map(_is_placed, jax.tree.leaves(row)))
-    results = function(*row) if is_placed else jax.eval_shape(function, *row)
-
-    def zeros(x: Any) -> Any:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jnp.zeros((num_rows, *x.shape), x.dtype)
-        return jnp.broadcast_to(jnp.zeros_like(x), (num_rows, *x.shape))
-
-    return jax.tree.map(zeros, results)
-
-
-def _is_placed(x: Any) -> bool:
-    """Whether an array's type says where it is, as explicit axes and `jax.shard_map` do."""
-    return any(kind.name != "Auto" for kind in jax.typeof(x).sharding.mesh.axis_types or ())
-
-
-def take_row(tree: Any, i: Array | int) -> Any:
-    """Layer i of every leaf of a stack, without the leading axis."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-
-def write_row(tree: Any, row: Any, i: Array) -> Any:
-    """The stack with another layer i."""
-    return jax.tree.map(
-        lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, axis=0), tree, row
     )

@@ -1,7 +1,8 @@
 """The plain norms of stacks of matrices, and the norms by name.
 
 A matrix is (fan-in, fan-out), as a Flax kernel: the papers' Wᵀ. A direction D(G) is the element of
-the unit ball with the largest ⟨G, D⟩, which is then ‖G‖*; the direction of a zero matrix is zero.
+the unit ball with the largest ⟨G, D⟩, which is then ‖G‖*. The direction of a zero matrix is zero,
+and so are all derivatives there. What an SVD makes has none where singular values are equal.
 """
 
 import functools
@@ -20,6 +21,7 @@ from dropmuon_jax.orthogonalize.batches import (
     execution,
     finite_or_nan,
     svd_polar_factor,
+    thin_svd,
     to_unit_entries,
 )
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
@@ -214,32 +216,38 @@ def _largest_singular_value(x: Matrices) -> Lengths:
     y, exponent = to_unit_entries(finite_or_nan(x))
     y = y if x.shape[-2] <= x.shape[-1] else y.mT
     gram = jnp.matmul(y, y.mT, precision="highest")
-    largest = jnp.linalg.eigvalsh(gram)[..., -1]
-    return jnp.ldexp(jnp.sqrt(jnp.maximum(largest, 0)), exponent[..., 0, 0])
+    largest = jnp.maximum(jnp.linalg.eigvalsh(gram)[..., -1], 0)
+    return jnp.where(largest == 0, 0, jnp.ldexp(_safe_sqrt(largest), exponent[..., 0, 0]))
 
 
 def _singular_values(x: Matrices) -> Array:
-    return jnp.linalg.svd(finite_or_nan(x), compute_uv=False)
+    return thin_svd(x)[1]
 
 
 def _first_singular_pair(g: Matrices) -> Matrices:
     if g.size == 0:
         return g
-    u, s, vt = jnp.linalg.svd(finite_or_nan(g), full_matrices=False)
+    u, s, vt = thin_svd(g)
     return jnp.where(s[..., :1, None] == 0, 0, u[..., :, :1] * vt[..., :1, :])
+
+
+def _safe_sqrt(x: Array) -> Array:
+    """√x, and 1 for 0, where the root has no derivative; the caller puts the zero back."""
+    return jnp.sqrt(jnp.where(x == 0, 1, x))
 
 
 def _length(x: Matrices, axes: int | tuple[int, int]) -> Array:
     """‖x‖₂ along axes, of numbers of any size."""
     y, exponent = to_unit_entries(x, axes)
-    return jnp.ldexp(jnp.sqrt(jnp.sum(y**2, axes)), jnp.squeeze(exponent, axes))
+    total = jnp.sum(y**2, axes)
+    return jnp.where(total == 0, 0, jnp.ldexp(_safe_sqrt(total), jnp.squeeze(exponent, axes)))
 
 
 def _unit(x: Matrices, axes: int | tuple[int, int]) -> Matrices:
     """x/‖x‖₂ along axes, of numbers of any size; zero for zero."""
     y, _ = to_unit_entries(x, axes)
-    length = jnp.sqrt(jnp.sum(y**2, axes, keepdims=True))
-    return y / jnp.where(length == 0, 1, length)
+    total = jnp.sum(y**2, axes, keepdims=True)
+    return jnp.where(total == 0, 0, y / _safe_sqrt(total))
 
 
 def _draw_rank_one(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
@@ -259,10 +267,10 @@ _NUCLEAR = Geometry(
     direction=_first_singular_pair,
     draw=_draw_rank_one,
 )
-# ‖X‖ = max |x|, ‖G‖* = Σ |g|, D = sign(G).
+# ‖X‖ = max |x|, ‖G‖* = Σ |g|, D = sign(G); |x| is written x sign(x), with the derivative 0 at 0.
 _MAXIMUM = Geometry(
-    norm=lambda x: jnp.max(jnp.abs(x), BOTH, initial=0),
-    dual_norm=lambda g: jnp.sum(jnp.abs(g), BOTH),
+    norm=lambda x: jnp.max(x * jnp.sign(x), BOTH, initial=0),
+    dual_norm=lambda g: jnp.sum(g * jnp.sign(g), BOTH),
     direction=jnp.sign,
     draw=lambda key, shape, dtype: jax.random.rademacher(key, shape).astype(dtype),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from dropmuon_jax.optimizers.composition import (
     rows_of,
 )
 from dropmuon_jax.schedules import AdaptiveRadius, Radius, leaf_radii
+from dropmuon_jax.transforms.accumulation import calls_per_step
 
 _WARM_UP = 10  # steps in which a leaf should move, though its learning rate starts at 0
 
@@ -160,7 +162,9 @@ def check_optimizer(
             for by `prev_params_grads=True`.
 
     Raises:
-        ValueError: If a leaf climbs or a frozen one moves, naming it, the cause and the way out.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a leaf climbs or a frozen one moves, naming it, the cause and the way out;
+            with `layers`, for `optax.MultiSteps`, which may mix the gradients of two depths.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -175,29 +179,36 @@ def check_optimizer(
     """
     check_transformation("optimizer", optimizer)
     check_parameters(params)
+    if layers is not None:
+        check_layers(layers)
     tx = optax.with_extra_args_support(optimizer)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     random = [
         jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=False)
     ]
-    grads = treedef.unflatten(random)
+    grads, state, moves = treedef.unflatten(random), tx.init(params), []
     if extra_args.get("prev_params_grads") is True:
         extra_args["prev_params_grads"] = grads
+    num_calls = 1 if layers is None else calls_per_step(state)
 
-    @jax.jit
-    def both_ways(grads: Any, state: Any, params: Any) -> Any:
-        """The updates of a gradient and of its opposite, in which weight decay is the same."""
-        mask = {} if layers is None else {"layer_mask": layers.mask(0)}
-        updates, new_state = tx.update(grads, state, params, **mask, **extra_args)
-        opposite = jax.tree.map(jnp.negative, (grads, extra_args))
-        other, _ = tx.update(opposite[0], state, params, **mask, **opposite[1])
-        return jax.tree.map(jnp.subtract, updates, other), new_state
+    @functools.partial(jax.jit, static_argnames="depth")
+    def call(grads: Any, extra_args: Any, state: Any, params: Any, depth: int) -> Any:
+        mask = {} if layers is None else {"layer_mask": layers.mask(depth)}
+        return tx.update(grads, state, params, **mask, **extra_args)
 
-    state, moves = tx.init(params), []
+    def step(grads: Any, extra_args: Any, state: Any, depth: int) -> Any:
+        updates = None
+        for _ in range(num_calls):  # the last of which steps
+            updates, state = call(grads, extra_args, state, params, depth)
+        return updates, state
+
     for _ in range(_WARM_UP):  # the rate of the first step may be 0
-        updates, state = both_ways(grads, state, params)
-        moves = treedef.flatten_up_to(updates)
+        # Of a gradient and of its opposite, in which weight decay is the same.
+        updates, new_state = step(grads, extra_args, state, 0)
+        opposite = jax.tree.map(jnp.negative, (grads, extra_args))
+        other, _ = step(opposite[0], opposite[1], state, 0)
+        moves, state = treedef.flatten_up_to(jax.tree.map(jnp.subtract, updates, other)), new_state
         if all(bool(move.any()) for move in moves):
             break
     for path, grad, move in zip(leaf_paths(params), random, moves, strict=True):
@@ -211,15 +222,9 @@ def check_optimizer(
             )
     if layers is None:
         return
-    check_layers(layers)
-    mask = layers.mask(layers.num_layers - 1)
-
-    @jax.jit
-    def last_step(grads: Any, state: Any, params: Any) -> Any:
-        updates, new_state = tx.update(grads, state, params, layer_mask=mask, **extra_args)
-        return optax.apply_updates(params, updates), new_state
-
-    new_params, new_state = last_step(grads, state, params)
+    last = layers.num_layers - 1
+    updates, new_state = step(grads, extra_args, state, last)
+    new_params, mask = optax.apply_updates(params, updates), layers.mask(last)
     frozen = _inactive(mask, params)
     for path, i in frozen.values():
         old, new = leaves[i], treedef.flatten_up_to(new_params)[i]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import (
-    check_extra_args,
     check_nonnegative,
     check_parameters,
     check_transformation,
@@ -24,7 +22,8 @@ from dropmuon_jax.layers.by_path import match_leaves
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.roles import Roles
-from dropmuon_jax.layers.trees import leaf_paths, trusted_masks
+from dropmuon_jax.layers.states import checked_transformation
+from dropmuon_jax.layers.trees import leaf_paths, mask_in_force
 from dropmuon_jax.norms.named import column_norm, rms_norm, sign_norm, spectral_norm
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
@@ -36,7 +35,7 @@ from dropmuon_jax.schedules import (
     star_convex_rate,
 )
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, freeze, required_mask, state_like
+from dropmuon_jax.transforms.masked import chain_subtrees, freeze, required_mask
 from dropmuon_jax.transforms.momentum import momentum as momentum_of
 from dropmuon_jax.transforms.per_layer import per_layer
 from dropmuon_jax.transforms.prev_params import keep_prev_params, keeps_prev_params
@@ -62,16 +61,19 @@ def every_layer(
     """An optimizer that updates every layer in every step, and takes no layer mask."""
     inner = optax.with_extra_args_support(transformation)
 
+    def init_fn(params: optax.Params) -> optax.OptState:
+        check_parameters(params)
+        return inner.init(params)
+
     def update_fn(updates, state, params=None, *, layer_mask=None, depth=None, **extra_args):
-        if layer_mask is not None or depth is not None:
+        del layer_mask, depth
+        if mask_in_force():
             raise TypeError(
                 f"{name} updates every layer and takes no layer_mask or depth; use drop_{name}."
             )
-        check_extra_args(extra_args)
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        return new_updates, state_like(state, new_state)
+        return inner.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, inner), update_fn)
+    return checked_transformation(init_fn, update_fn)
 
 
 def active_layers(
@@ -83,7 +85,7 @@ def active_layers(
     def init_fn(params: optax.Params) -> optax.OptState:
         check_parameters(params)
         layers.units_of(params)  # an error if a leaf is in no layer
-        return _init(inner, params)
+        return inner.init(params)
 
     def update_fn(updates, state, params=None, *, layer_mask=None, depth=None, **extra_args):
         if layer_mask is not None and depth is not None:
@@ -94,20 +96,12 @@ def active_layers(
         layer_mask = required_mask(
             layers, updates, layer_mask, extra_args, otherwise=", or depth=depth in its place"
         )
-        with trusted_masks():
-            new_updates, new_state = inner.update(
-                updates, state, params, layer_mask=layer_mask, **extra_args
-            )
-        return freeze(layer_mask, new_updates), state_like(state, new_state)
+        new_updates, new_state = inner.update(
+            updates, state, params, layer_mask=layer_mask, **extra_args
+        )
+        return freeze(layer_mask, new_updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _init(inner: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
-    check_parameters(params)
-    # Arrays of a weak type would become strong ones in the first update, and compile it twice.
-    state = inner.init(params)
-    return state_like(state, state)
+    return checked_transformation(init_fn, update_fn)
 
 
 def as_momentum(momentum: Any) -> optax.GradientTransformation:
@@ -248,7 +242,9 @@ def check_role_numbers(labels: Any, numbers: DimensionNumbers | None) -> None:
     paths = leaf_paths(labels)
     matches = match_leaves("dimension_numbers", numbers, paths)
     for path, role in zip(paths, jax.tree.leaves(labels), strict=True):
-        if path in matches and role in ("bias", "tied_head"):
+        # A pattern of a module is of its kernel, and leaves its bias alone.
+        is_bias = role == "bias" and path in matches and matches[path].names_leaf
+        if is_bias or (path in matches and role == "tied_head"):
             raise ValueError(
                 f"dimension_numbers: '{matches[path].pattern}' matches '{path}', which is "
                 f"{role!r}. A bias is a whole leaf, and a tied head a table (tokens, features): "

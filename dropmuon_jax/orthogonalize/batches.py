@@ -153,11 +153,24 @@ def working_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
 def svd_polar_factor(x: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
     """UVᵀ over the singular values that are not zero to rounding; of UΣVᵀ, by its SVD."""
     dtype = np.promote_types(x.dtype, np.float32)
-    u, s, vt = jnp.linalg.svd(finite_or_nan(x.astype(dtype)), full_matrices=False)
+    u, s, vt = thin_svd(x.astype(dtype))
     # NumPy's rule for the rank of a matrix.
     threshold = s[..., :1] * (max(x.shape[-2:]) * jnp.finfo(dtype).eps)
     # Comparing with "not smaller or equal" keeps the NaN of a matrix with NaN.
     return jnp.matmul(u * jnp.where(s <= threshold, 0, 1)[..., None, :], vt).astype(x.dtype)
+
+
+def thin_svd(x: Float[Array, "*batch rows cols"]) -> tuple[Array, Array, Array]:
+    """U, the singular values and Vᵀ of matrices; NaN for one with NaN or infinities.
+
+    Of a zero matrix all derivatives are zero. There are none at other equal singular values.
+    """
+    rows, cols = x.shape[-2:]
+    is_zero = jnp.all(x == 0, axis=(-2, -1), keepdims=True)
+    distinct = jnp.eye(rows, cols, dtype=x.dtype) / np.arange(1, cols + 1, dtype=x.dtype)[None]
+    distinct = jnp.broadcast_to(distinct, x.shape)
+    u, s, vt = jnp.linalg.svd(jnp.where(is_zero, distinct, finite_or_nan(x)), full_matrices=False)
+    return u, jnp.where(is_zero[..., 0], 0, s), vt
 
 
 def finite_or_nan(x: Array) -> Array:

@@ -143,7 +143,12 @@ def _iterate(
 
 
 def _safe_rsqrt(x: Array) -> Array:
-    return jax.lax.rsqrt(jnp.where(x == 0, 1, x))
+    """1/√x, and 0 for 0 with the derivative 0, so that zero matrices have zero derivatives."""
+    return jnp.where(x == 0, 0, jax.lax.rsqrt(jnp.where(x == 0, 1, x)))
+
+
+def _safe_sqrt(x: Array) -> Array:
+    return x * _safe_rsqrt(x)
 
 
 # From XXᵀ, what the rows of X are multiplied by so that its singular values are at most 1.
@@ -155,7 +160,7 @@ _SCALES: dict[str, Callable[[Array], Array]] = {
     # 1 / ‖X‖_S4, with ‖X‖_S4² = ‖XXᵀ‖_F (Grishina et al., 2025, arXiv:2506.10935): no larger than
     # the Frobenius norm, smaller by up to rows^¼.
     "schatten": lambda gram: _safe_rsqrt(
-        jnp.sqrt(jnp.sum(gram * gram, axis=(-2, -1), keepdims=True))
+        _safe_sqrt(jnp.sum(gram * gram, axis=(-2, -1), keepdims=True))
     ),
     # One factor a row, (Σ_j |XXᵀ|_ij)^-½ (Boissin et al., 2025, arXiv:2512.04632): what is
     # orthogonalized is then diag(s)X, whose polar factor is not that of X.

@@ -269,7 +269,8 @@ def _leaf_of_matrix(
 ) -> Int[np.ndarray, " matrices"]:
     """The index of the leaf of each matrix, in the order of the leaves; 0 without matrices."""
     counts = [
-        math.prod(n for i, n in enumerate(leaf.shape) if i not in axes.fan_in + axes.fan_out)
+        axes.groups
+        * math.prod(n for i, n in enumerate(leaf.shape) if i not in axes.fan_in + axes.fan_out)
         for leaf, axes in zip(leaves, all_axes, strict=True)
     ]
     indices = np.repeat(np.arange(len(counts), dtype=np.int32), counts)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_parameters, check_transformation, describe, static_int
 from dropmuon_jax.layers.layers import Layers
-from dropmuon_jax.layers.trees import is_static, resolve_mask, trusted_masks
+from dropmuon_jax.layers.states import checked_transformation
+from dropmuon_jax.layers.trees import is_static, resolve_mask
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution, LayerGainsState
 from dropmuon_jax.sampling.distributions import check_probabilities
 
@@ -77,11 +78,6 @@ def record_gains(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        if not isinstance(state, LayerGainsState):
-            raise TypeError(
-                f"state must be one of dm.record_gains, got {describe(state)}: give what `init` of "
-                "this optimizer has made, or what was restored onto that."
-            )
         rest = dict(extra_args)
         mask, depth = rest.pop("layer_mask", None), rest.get("depth")
         if depth is not None:
@@ -90,8 +86,7 @@ def record_gains(
             mask = layers.mask(depth)
         mask = resolve_mask(mask, updates, rest, takes_rows=bool(layers.stacks))
         grads, leaf_layers = updates, layers.rows_of(updates)
-        with trusted_masks():
-            updates, inner_state = update(grads, state.inner_state, params, **extra_args)
+        updates, inner_state = update(grads, state.inner_state, params, **extra_args)
         latest = _gains(layers, leaf_layers, mask, grads, updates)
         # A step that overflowed has shown nothing. The first step that has counts whole.
         counts = _active_layers(layers, leaf_layers, mask) & jnp.isfinite(latest)
@@ -113,7 +108,7 @@ def record_gains(
             jnp.where(ends_period, plan, state.next_probabilities),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation(init_fn, update_fn)
 
 
 def _active_layers(

@@ -192,7 +192,7 @@ class DepthSampler:
             plans, periods = [self.probabilities(int(later)) for later in ahead], ""
         rounded = np.round([to_host(plan) for plan in plans], 4).tolist()
         about = f"{self.layers}{self.subsets.tolist()}{self.steps_per_draw}{rounded}{periods}"
-        _check_agreement(self.seed, step, draws, about)
+        _check_agreement(self.seed, check_step(step), draws, about)
 
 
 def _as_seed(seed: Any) -> int | jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dropmuon_jax.layers.matrices import MatrixAxes
+from dropmuon_jax.layers.matrices import MatrixAxes, split_groups
 from dropmuon_jax.layers.trees import leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import (
     Execution,
@@ -59,10 +59,15 @@ def orthogonalize_on_mesh(
     if not mesh_axes():
         return orthogonalize_all(function, leaves, axes, memory_limit)
     known = current_config().leaves
-    blocks = [to_blocks(x, a, known.get(a.path)) for x, a in zip(leaves, axes, strict=True)]
+    blocks = [
+        # How the groups of a leaf are sharded is not known.
+        to_blocks(*split_groups(x, a), known.get(a.path) if a.groups == 1 else None)
+        for x, a in zip(leaves, axes, strict=True)
+    ]
     arrays, kinds = [array for array, _, _ in blocks], [kind for _, kind, _ in blocks]
     results = _orthogonalize_blocks(function, arrays, kinds, memory_limit)
-    return [restore(x) for (_, _, restore), x in zip(blocks, results, strict=True)]
+    pairs = zip(blocks, results, leaves, strict=True)
+    return [restore(x).reshape(leaf.shape) for (_, _, restore), x, leaf in pairs]
 
 
 def _orthogonalize_blocks(

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from dropmuon_jax._checks import check_choice, check_positive, check_transformation, describe
+from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import leaf_paths, masked_paths
 from dropmuon_jax.sharding.layouts import LAYOUTS, LeafSharding
 
@@ -214,7 +215,7 @@ def on_mesh(
         with _entered(given), configured(**config):
             return inner.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation(init_fn, update_fn)
 
 
 def read_mesh(mesh: Any, shardings: Any) -> tuple[AbstractMesh | None, dict[str, LeafSharding]]:

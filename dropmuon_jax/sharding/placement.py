@@ -13,7 +13,7 @@ from jax.tree_util import KeyPath
 
 from dropmuon_jax._checks import check_choice, check_positive, check_transformation, describe
 from dropmuon_jax.layers.layers import Layers
-from dropmuon_jax.layers.matrices import DimensionNumbers, matrix_axes
+from dropmuon_jax.layers.matrices import DimensionNumbers, matrix_axes, split_groups
 from dropmuon_jax.layers.roles import Roles, matrix_labels
 from dropmuon_jax.layers.trees import leaf_paths, resolve_mask
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
@@ -198,13 +198,15 @@ def _matrices(
             continue
         if stacked and sharding and sharding.leading:
             num_active = shape[0]  # devices work on all the layers that they have
-        blocks = jax.eval_shape(lambda leaf, axes=axes: to_blocks(leaf, axes)[0], leaf)
+        blocks = jax.eval_shape(
+            lambda leaf, axes=axes: to_blocks(*split_groups(leaf, axes))[0], leaf
+        )
         blocks = jax.ShapeDtypeStruct(
             (num_active * blocks.shape[0], *blocks.shape[1:]),
             np.promote_types(leaf.dtype, np.float32),
         )
         placed = None
-        if sharding:
+        if sharding and axes.groups == 1:
             of_leaf = sharding.of_layer() if stacked else sharding
             of_batch, *sides = block_sharding(axes, of_leaf.spec)
             placed = (of_leaf.stack_axes or of_batch, *sides)

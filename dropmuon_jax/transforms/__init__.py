@@ -1,5 +1,6 @@
 """Transformations that are chained: momentum, variance reduction, LMOs, masks and subtrees."""
 
+from dropmuon_jax.transforms.accumulation import AccumulatedState, accumulate
 from dropmuon_jax.transforms.lmo import RadiusState, newton_schulz_lmo, norm_lmo, norm_sharp
 from dropmuon_jax.transforms.masked import (
     LayerMaskSampler,
@@ -18,6 +19,7 @@ from dropmuon_jax.transforms.per_layer import PerLayerState, per_layer
 from dropmuon_jax.transforms.prev_params import PrevParamsState, keep_prev_params, prev_params
 
 __all__ = [
+    "AccumulatedState",
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "MVRMomentumState",
@@ -26,6 +28,7 @@ __all__ = [
     "PerLayerState",
     "PrevParamsState",
     "RadiusState",
+    "accumulate",
     "chain_subtrees",
     "keep_prev_params",
     "layer_mask_sampler",

@@ -9,12 +9,8 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import describe, static_int
-from dropmuon_jax.layers.matrices import (
-    DimensionNumbers,
-    check_dimension_numbers,
-    matrix_shape,
-    to_matrices,
-)
+from dropmuon_jax.layers.matrices import matrix_shape, sum_of_each, to_matrices
+from dropmuon_jax.layers.sites import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.orthogonalize.batches import DEFAULT_MEMORY_LIMIT, execution, working_bytes
@@ -285,7 +281,7 @@ def _steepest(
             direction = norm.factor(matrix_shape(grad, all_axes[i])) * direction
 
             def dual_norm(grad=grad, direction=direction, axes=all_axes[i]) -> jax.Array:
-                return jnp.sum(grad * direction, axes.fan_in + axes.fan_out, keepdims=True)
+                return sum_of_each(grad * direction, axes)
 
             length = radii[i]
             if callable(length) or isinstance(length, AdaptiveRadius):

@@ -13,20 +13,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from dropmuon_jax._checks import (
-    check_extra_args,
-    check_parameters,
-    check_transformation,
-    did_you_mean,
-)
+from dropmuon_jax._checks import check_parameters, check_transformation, did_you_mean
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.states import StateCheck, checked_transformation
 from dropmuon_jax.layers.trees import (
     is_static,
     leaf_paths,
     resolve_mask,
-    resolve_whole_mask,
     restructure_like,
-    trusted_masks,
     where_active,
 )
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
@@ -54,6 +48,8 @@ def masked_transformation(
         check_parameters(params)
         return init(params)
 
+    check = StateCheck(init_fn)
+
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         if layer_mask is None and "depth" in extra_args:
             raise TypeError(
@@ -61,9 +57,10 @@ def masked_transformation(
                 "give layer_mask=layers.mask(depth)."
             )
         layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=takes_rows)
+        check(state, updates)
         return update(updates, state, params, layer_mask, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(check.init, update_fn)
 
 
 def chain_subtrees(
@@ -123,18 +120,11 @@ def chain_subtrees(
         return partition.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        layer_mask = extra_args.pop("layer_mask", None)
-        if layer_mask is not None:
-            # Optax cuts an extra argument to a subtree if its structure is that of the updates.
-            extra_args["layer_mask"] = resolve_whole_mask(layer_mask, updates, extra_args)
-        else:
-            check_extra_args(extra_args)
-        with trusted_masks():
-            return partition.update(
-                updates, state, params, **with_second_gradient(extra_args, updates)
-            )
+        # Optax cuts an extra argument to a subtree if its structure is that of the updates.
+        extra_args = with_second_gradient(extra_args, updates)
+        return partition.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation(init_fn, update_fn)
 
 
 def remembered_labels(labels: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -157,16 +147,6 @@ def with_second_gradient(extra_args: dict[str, Any], updates: Any) -> dict[str, 
     if grads is None:
         return extra_args
     return extra_args | {"prev_params_grads": restructure_like("prev_params_grads", grads, updates)}
-
-
-def state_like(old: Any, new: Any) -> Any:
-    """The new state in the dtypes of the old one, strongly typed, so that a loop can carry it."""
-
-    def cast(like: Any, x: Any) -> Any:
-        dtype, of_new = jax.typeof(like).dtype, jax.typeof(x)
-        return x if of_new.dtype == dtype and not of_new.weak_type else jnp.asarray(x, dtype)
-
-    return jax.tree.map(cast, old, new)
 
 
 class LayerMaskSamplerState(NamedTuple):
@@ -259,7 +239,7 @@ def layer_mask_sampler(
         return updates, LayerMaskSamplerState(jnp.asarray(optax.safe_increment(state.count)))
 
     # Optax unpacks a transformation as the pair (init, update), so all else is an attribute.
-    sampler = LayerMaskSampler(init_fn, update_fn)
+    sampler = LayerMaskSampler(*checked_transformation(init_fn, update_fn))
     sampler.draws = draws
     return sampler
 
@@ -274,9 +254,10 @@ def required_mask(
 ) -> Any:
     """The validated mask of an update that cannot do without one."""
     if layer_mask is None:
-        check_extra_args(extra_args)
         if "depth" in extra_args:
             otherwise = "; depth= is for drop_muon and its siblings"
+        else:
+            resolve_mask(None, updates, extra_args)  # an error if it was lost on the way
         raise TypeError(
             "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
             f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}."

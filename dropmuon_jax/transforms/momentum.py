@@ -183,11 +183,6 @@ def mars_momentum(
         updates: optax.Updates, state: Any, params: Any, layer_mask: Any, extra_args: Any
     ) -> tuple[optax.Updates, MarsMomentumState]:
         del params, extra_args
-        if not isinstance(state, MarsMomentumState):
-            raise TypeError(
-                "The state given to mars_momentum is that of another momentum: make one with "
-                "tx.init(params)."
-            )
         past = jnp.asarray(decay(state.count) if callable(decay) else decay)
 
         def average(m: Array, g: Array, g_last: Array, started: Bool[Array, ""]) -> Array:
@@ -230,7 +225,8 @@ def wide_dtype(*arrays: Array) -> np.dtype:
 
 def zeros_of(params: optax.Params, dtype: Any) -> optax.Updates:
     """Zeros like the parameters, in this dtype or by default theirs."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
+    canonical = jax.dtypes.canonicalize_dtype  # NumPy's float64 is float32 without x64
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=canonical(dtype or p.dtype)), params)
 
 
 def stored_like(old: Any, new: Any, layer_mask: Any) -> Any:

@@ -216,7 +216,7 @@ def mvr_momentum(
         if on_reactivate == "restart":
             is_fresh = is_fresh | (steps_since > 1)
         elif on_reactivate == "decay":
-            decay, keep = decay**steps_since, keep**steps_since
+            decay, keep = (jax.lax.pow(weight, steps_since) for weight in (decay, keep))
 
         if variant == 1:
             estimator = m = g + decay * (m - g_prev)
@@ -230,11 +230,6 @@ def mvr_momentum(
     def update(
         updates: optax.Updates, state: Any, params: Any, layer_mask: Any, extra_args: Any
     ) -> tuple[optax.Updates, MVRMomentumState]:
-        if not isinstance(state, MVRMomentumState) or not _has_estimator(state, variant):
-            raise TypeError(
-                f"The state given to mvr_momentum is none of variant {variant}: make one with "
-                "tx.init(params), as for a run that goes on with another momentum."
-            )
         prev_grads = extra_args.get("prev_params_grads")
         if prev_grads is None:
             raise TypeError(_missing_second_gradient(extra_args))
@@ -266,12 +261,6 @@ def mvr_momentum(
         return structure.unflatten(directions), new_state
 
     return masked_transformation(init, update)
-
-
-def _has_estimator(state: MVRMomentumState, variant: int) -> bool:
-    """Whether a state has G if and only if the variant has."""
-    num_leaves = 0 if variant == 1 else len(jax.tree.leaves(state.momentum))
-    return len(jax.tree.leaves(state.estimator)) == num_leaves
 
 
 def _missing_second_gradient(extra_args: Mapping[str, Any]) -> str:

@@ -13,20 +13,11 @@ from jaxtyping import Array, Bool
 
 from dropmuon_jax._checks import check_transformation
 from dropmuon_jax.layers.layers import Layers, StackedLeaves, check_layers
-from dropmuon_jax.layers.trees import (
-    is_static,
-    leaf_paths,
-    take_row,
-    where_active,
-    write_row,
-    zeros_for_rows,
-)
+from dropmuon_jax.layers.rows import take_row, write_row, zeros_for_rows
+from dropmuon_jax.layers.states import state_like
+from dropmuon_jax.layers.trees import inside_update, is_static, leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import execution
-from dropmuon_jax.transforms.masked import (
-    masked_transformation,
-    state_like,
-    with_second_gradient,
-)
+from dropmuon_jax.transforms.masked import masked_transformation, with_second_gradient
 
 Rows = Bool[np.ndarray, " layers"] | Bool[Array, " *layers"]
 Result = tuple[Any, Any]  # updates and state
@@ -174,7 +165,8 @@ class _LayerStep(NamedTuple):
         grads, params = of_layer.pop("updates"), of_layer.pop("params", None)
         if self.takes_mask:
             of_layer["layer_mask"] = jax.tree.map(lambda _: active, grads)
-        updates, new = self.inner.update(grads, state, params, **of_layer, **self.whole)
+        with inside_update(has_mask=self.takes_mask):
+            updates, new = self.inner.update(grads, state, params, **of_layer, **self.whole)
         return updates, state_like(state, new)
 
 

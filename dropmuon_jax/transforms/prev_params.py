@@ -146,8 +146,9 @@ def keeps_prev_params(opt_state: Any) -> bool:
 
 def init_prev_params(params: optax.Params, dtype: Any = None) -> PrevParamsState:
     """The state before the first step. Copies, so that parameters and state can be donated."""
+    canonical = jax.dtypes.canonicalize_dtype
     return PrevParamsState(
-        jax.tree.map(lambda p: jnp.array(p, dtype=dtype or p.dtype, copy=True), params),
+        jax.tree.map(lambda p: jnp.array(p, dtype=canonical(dtype or p.dtype), copy=True), params),
         jnp.full(num_entries(params), -1, jnp.int32),
         jnp.zeros((), jnp.int32),
     )
