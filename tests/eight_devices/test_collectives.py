@@ -66,7 +66,9 @@ CASES = {
     "two axes, unknown": Case(matrices(8), BOTH, there_and_back(2), TWO_AXES, "nothing"),
     "one axis, unknown": Case(matrices(8), FSDP, there_and_back(all_gather=1), TWO_AXES, "nothing"),
     "convolutions are not gathered": Case(
-        matrices(8, 3, 3, 8, 16), P(None, None, *BOTH), there_and_back(2), TWO_AXES, "nothing"
+        matrices(8, 3, 3, 8, 16),
+        *(P(None, None, *BOTH), there_and_back(2), TWO_AXES, "nothing"),
+        numbers={"*": "in_out"},
     ),
     "fan-out first": Case(IN_PYTORCH, FSDP, there_and_back(2), numbers="out_in"),
     "layout of rows": Case(
