@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from dropmuon_jax.layers.sites import Grouped, Site
+from dropmuon_jax.layers.dimension_numbers import Grouped
+from dropmuon_jax.layers.sites import Site, cut_of
 
 # Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
 # such a name may be (in, out).
@@ -134,8 +135,8 @@ def _num_sides(site: Site) -> int:
 def _why_matrix(site: Site) -> str:
     if site.is_unreadable:
         return f"{len(site.shape)} axes: needs dimension_numbers"
-    if isinstance(site.numbers, Grouped):
-        return f"{site.numbers.groups} groups"
+    if site.parts or isinstance(site.numbers, Grouped):
+        return str(site.parts or site.numbers)
     if math.prod(site.window) == 1:
         return "matrix" if site.layout != "axes" else "its dimension_numbers"
     window = f"window {'×'.join(map(str, site.window))}"
@@ -190,12 +191,12 @@ def check_axes(sites: Sequence[Site]) -> None:
         sites: The leaves that are matrices. What one is may depend on the others.
     """
     for site in sites:
-        if len(site.shape) < 2 or (site.said == "matrix" and site.is_exact):
+        if len(site.shape) < 2:
             continue
-        leaf, say = (
-            f"Leaf '{site.path}' of shape {site.shape}",
-            f"dimension_numbers={{'{site.path}'",
-        )
+        cut_of(site)
+        if site.said == "matrix" and site.is_exact:
+            continue
+        leaf, say = site.named, f"dimension_numbers={{'{site.path}'"
         is_window = math.prod(site.window) > 1 and not site.is_unreadable
         if is_window and site.channels[0] == 1 and _is_not_the_first(site, sites):
             raise ValueError(
