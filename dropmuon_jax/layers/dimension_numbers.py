@@ -45,7 +45,8 @@ class Parts(NamedTuple):
     """Dimension numbers of a leaf in which parts of an axis are matrices of their own.
 
     A step is that of separate leaves, one for each part, joined: each has its own shape factor,
-    adaptive radius and dual norm. Of a fused kernel (d, q + k + v) say `Parts(1, (q, k, v))`, of
+    adaptive radius and dual norm. (What clips a leaf before, as `mars_momentum` does, knows
+    no parts.) Of a fused kernel (d, q + k + v) say `Parts(1, (q, k, v))`, of
     (d, heads + 2 · kv, size) `Parts(1, (heads, kv, kv), MuonDimensionNumbers(0, (1, 2)))`, of gate
     and up in one kernel `Parts(-1, (f, f))`; `(size,) * heads` gives each head a matrix. Where a
     mesh shards the axis of the parts itself, XLA moves them together before they are stepped.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -154,9 +153,8 @@ def track_smoothness(
     def init(params: optax.Params) -> SmoothnessState:
         leaves = jax.tree.leaves(params)
         all_axes = norm.axes(params, dimension_numbers)
-        shapes = jax.eval_shape(functools.partial(_parts, all_axes=all_axes), params)
-        leaf_of_part, of_parts = _axes_of_parts(all_axes)
-        leaf_of_matrix = leaf_of_part[_part_of_matrix(shapes, of_parts)]
+        leaf_of_part, _ = _axes_of_parts(all_axes)
+        leaf_of_matrix = leaf_of_part[_part_of_matrix(leaves, all_axes)]
         nothing = jnp.full(leaf_of_matrix.shape, -1, wide_dtype(*leaves))
         return SmoothnessState(
             count=jnp.zeros((), jnp.int32),
@@ -199,7 +197,7 @@ def track_smoothness(
                 parts = list(zip(*(_parts(tree, all_axes) for tree in trees), strict=True))
                 leaf_of_part, of_parts = _axes_of_parts(all_axes)
                 of_params = [of_part[2] for of_part in parts]
-                part_of_matrix = _part_of_matrix(of_params, of_parts)
+                part_of_matrix = _part_of_matrix(jax.tree.leaves(params), all_axes)
                 leaf_of_matrix = leaf_of_part[part_of_matrix]
                 dual_norm = smoothness = jnp.full_like(state.sample.smoothness, -1)
                 for members in _of_one_shape(of_params, of_parts, active[leaf_of_part]):
@@ -289,12 +287,13 @@ def _axes_of_parts(
 
 
 def _part_of_matrix(
-    parts: Sequence[Any], of_parts: Sequence[MatrixAxes]
+    leaves: Sequence[Array], all_axes: Sequence[MatrixAxes]
 ) -> Int[np.ndarray, " matrices"]:
     """The index of the part of each matrix, in the order of the leaves; 0 without matrices."""
     counts = [
-        math.prod(n for i, n in enumerate(part.shape) if i not in axes.fan_in + axes.fan_out)
-        for part, axes in zip(parts, of_parts, strict=True)
+        count * math.prod(n for i, n in enumerate(x.shape) if i not in axes.fan_in + axes.fan_out)
+        for x, axes in zip(leaves, all_axes, strict=True)
+        for count, _ in (axes.cut.runs if axes.cut else [(1, 0)])
     ]
     indices = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return indices if indices.size else np.zeros(1, np.int32)
