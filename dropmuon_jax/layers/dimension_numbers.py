@@ -64,8 +64,8 @@ class Parts(NamedTuple):
         >>> params = {"qkv": jnp.tile(jnp.eye(4), (1, 4)).at[:, 8:].multiply(0.01)}
         >>> tx = dm.newton_schulz_lmo(dimension_numbers={"qkv": dm.layers.Parts(1, (8, 4, 4))})
         >>> step = tx.update(params, tx.init(params))[0]["qkv"]
-        >>> print([round(float(jnp.linalg.norm(x, 2)), 1) for x in jnp.split(step, (8, 12), 1)])
-        [1.0, 1.0, 1.0]
+        >>> print([round(float(jnp.linalg.norm(x, 2))) for x in jnp.split(step, (8, 12), 1)])
+        [1, 1, 1]
     """
 
     axis: int

@@ -165,8 +165,9 @@ def norm_lmo(
             axes, and each matrix of a batch has a ball of its own. One
             `optax.contrib.MuonDimensionNumbers` for every leaf, "in_out" for (\*window, in, out) as
             in Flax, "out_in" for (out, in, \*window) as in Equinox and PyTorch, or a mapping from
-            path patterns to one each, or to `dm.layers.Parts` where an axis has parts. Leaves without any are taken as Flax kernels: (in, out), or
-            (height, width, in, out) with fan-in height · width · in.
+            path patterns to one each, or to `dm.layers.Parts` of an axis that has parts. Leaves
+            without any are taken as Flax kernels: (in, out), or (height, width, in, out) with
+            fan-in height · width · in.
         memory_limit: Working memory in bytes of a norm with an iteration, static.
 
     Examples:
