@@ -11,6 +11,7 @@ from jax.tree_util import GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
 from dropmuon_jax.layers.by_path import match_leaves
+from dropmuon_jax.layers.complex_leaves import paths_of_wholes
 from dropmuon_jax.layers.dimension_numbers import (
     LAYOUTS,
     DimensionNumbers,
@@ -27,6 +28,8 @@ class Site(NamedTuple):
     """A leaf where it stands, and what was said of it."""
 
     path: str
+    called: str
+    """The path without the part of a complex leaf: its words say what the leaf is."""
     shape: tuple[int, ...]
     numbers: MuonDimensionNumbers | Grouped | Layout | None
     """Its dimension numbers as a whole, if somebody has said them."""
@@ -136,11 +139,13 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
     if by_pattern:
         matches = match_leaves("dimension_numbers", dimension_numbers, paths, elsewhere)
     beside: dict[str, dict[str, tuple[int, ...] | None]] = {}
-    for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(paths, shapes, strict=True)):
+    wholes = paths_of_wholes(tree)
+    for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(wholes, shapes, strict=True)):
         module, _, name = path.rpartition("/")
         beside.setdefault(module, {})[name] = shape
     sites = []
-    for path, shape, (module, said, known) in zip(paths, shapes, _said(tree, shapes), strict=True):
+    of_leaves = zip(paths, wholes, shapes, _said(tree, shapes), strict=True)
+    for path, called, shape, (module, said, known) in of_leaves:
         numbers = matches[path].value if path in matches else None
         is_exact = numbers is not None
         if numbers is None and not by_pattern:
@@ -156,8 +161,8 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
         if known is not None and not is_exact:
             whole = whole if whole and len(shape) == 2 else known
             is_exact = True
-        neighbours = beside[path.rpartition("/")[0]]
-        sites.append(Site(path, shape, whole, is_exact, neighbours, module, said, parts))
+        near = beside[called.rpartition("/")[0]]
+        sites.append(Site(path, called, shape, whole, is_exact, near, module, said, parts))
     return sites
 
 
