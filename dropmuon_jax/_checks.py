@@ -211,7 +211,10 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
         elif isinstance(leaf, float):
             cure = f"Make it an array, jnp.asarray({leaf})"
         elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
-            cure = "Split it into its real and imaginary part, each a leaf of its own"
+            cure = (
+                "Train its real and imaginary part: params = dm.layers.split_complex(params), and "
+                "dm.layers.join_complex(params) in the loss"
+            )
         else:
             cure = (
                 "Statistics, keys, counts and tables of integers are not trained: keep them beside "

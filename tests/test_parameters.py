@@ -16,6 +16,7 @@ import dropmuon_jax as dm
 
 PARAMS = {"stem": jnp.eye(3), "head": jnp.eye(3)}
 LAYERS = dm.layers_by_path(PARAMS, ["stem", "head"])
+WITHOUT_HEAD = dm.Roles(has_head=False)
 RADII = {"hidden": 1.0, "head": 1.0}
 SAMPLER = dm.DepthSampler(LAYERS, dm.time_aware_depth([2.0, 1.0]), seed=0)
 
@@ -34,7 +35,7 @@ ENTRANCES = {
     "scion_init": lambda tree: dm.optimizers.scion_init(jax.random.key(0), tree, RADII),
     "check_optimizer": lambda tree: dm.check_optimizer(optax.sgd(0.1), tree),
     "matrix_labels": dm.matrix_labels,
-    "table": dm.Roles(has_head=False).table,
+    "table": WITHOUT_HEAD.table,
     "plan_layouts": lambda tree: dm.sharding.plan_layouts(tree, AbstractMesh((2,), ("x",))),
 } | {
     name: tx.init
@@ -132,3 +133,81 @@ def test_none_in_the_place_of_what_a_filter_takes_out_is_no_leaf():
 def test_floating_point_arrays_of_every_kind_are_parameters(dtype):
     for make in (jnp.ones, np.ones, jax.ShapeDtypeStruct):
         assert dm.layers_by_path({"w": make((2, 2), dtype)}, ["w"]).num_layers == 1
+
+
+# --- The way out for complex leaves ---------------------------------------------------------------
+
+KEYS = jax.random.split(jax.random.key(0))
+COMPLEX = {
+    "stem": {"kernel": jax.random.normal(KEYS[0], (3, 4), jnp.complex64), "bias": 1j * np.ones(4)},
+    "mid": {"kernel": jnp.eye(4)},
+    "head": {"kernel": jax.random.normal(KEYS[1], (4, 2), jnp.complex64)},
+}
+SPLIT = dm.layers.split_complex(COMPLEX)
+OF_COMPLEX = dm.layers_by_path(SPLIT, [*COMPLEX])
+
+
+def distance(params, x):
+    of = dm.layers.join_complex(params)
+    hidden = jnp.tanh(x @ of["stem"]["kernel"] + of["stem"]["bias"]) @ of["mid"]["kernel"]
+    return jnp.mean(jnp.abs(hidden @ of["head"]["kernel"] - (1 - 2j)) ** 2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        dm.drop_muon(0.05, OF_COMPLEX),
+        dm.drop_muon(0.05, OF_COMPLEX, momentum=dm.mvr_momentum(0.9)),
+        dm.drop_scion(0.03, OF_COMPLEX, dict.fromkeys(dm.layers.ROLES, 3.0), constrained=False),
+        dm.drop_gluon(0.03, OF_COMPLEX, dict.fromkeys(dm.layers.ROLES, 3.0)),
+        dm.per_layer(optax.adam(0.05), OF_COMPLEX),
+    ],
+    ids=["drop_muon", "mvr", "drop_scion", "drop_gluon", "per_layer"],
+)
+def test_complex_leaves_train_by_their_parts(optimizer):
+    params, x = SPLIT, jnp.eye(3)
+    sampler = dm.DepthSampler(OF_COMPLEX, dm.uniform_depth(), seed=0)
+    step_fn = dm.train_step(distance, optimizer, sampler, donate=False)
+    state, losses = optimizer.init(params), []
+    for step in range(40):
+        params, state, loss = step_fn(step, params, state, x)
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+    dm.check_state(optimizer, params, state, OF_COMPLEX)
+    assert dm.trace_layers(distance, params, x, level=1).names == OF_COMPLEX.names
+    joined = dm.layers.join_complex(params)
+    assert jax.tree.structure(joined) == jax.tree.structure(COMPLEX)
+    assert joined["stem"]["bias"].dtype == jnp.complex64
+
+
+CONV = nnx.Conv(2, 3, (3, 3), param_dtype=jnp.complex64, rngs=nnx.Rngs(0))
+CELL = eqx.nn.LSTMCell(2, 3, key=KEYS[0], dtype=jnp.complex64)
+ATTENTION = {"query": {"kernel": np.ones((4, 2, 2)), "bias": np.ones((2, 2))}, "scale": np.eye(2)}
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        nnx.state(CONV, nnx.Param),
+        eqx.filter(CELL, eqx.is_inexact_array),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.complex64), ATTENTION),
+        {"wte": {"w": 1j * np.ones((9, 4))}, "Conv_0": {"kernel": 1j * np.ones((3, 3, 2, 4))}},
+    ],
+    ids=["nnx", "equinox", "shapes", "words"],
+)
+def test_both_parts_of_a_complex_leaf_have_its_role(tree):
+    real = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+    roles = jax.tree.leaves(WITHOUT_HEAD.labels(real))
+    of_parts = jax.tree.leaves(WITHOUT_HEAD.labels(dm.layers.split_complex(tree)))
+    assert of_parts == [role for role in roles for _ in ("real", "imaginary")]
+
+
+def test_a_wrapper_that_splits_and_loses_the_mask_says_so():
+    split = optax.contrib.split_real_and_imaginary
+    with pytest.raises(TypeError, match=r"'head/kernel' was split by.*dm\.layers\.split_complex"):
+        split(dm.drop_muon(0.1, OF_COMPLEX)).init(COMPLEX)
+    optimizer = split(dm.muon(0.1))
+    updates, _ = optimizer.update(COMPLEX, optimizer.init(COMPLEX), COMPLEX)
+    assert updates["head"]["kernel"].dtype == jnp.complex64
+    with pytest.raises(TypeError, match=r"'head/kernel' is an array of complex64.*split_complex"):
+        dm.masked_value_and_grad(distance)(COMPLEX, jnp.eye(3), layer_mask=None)

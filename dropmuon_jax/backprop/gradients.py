@@ -165,7 +165,7 @@ def _required_mask(layer_mask: Any, params: optax.Params) -> Any:
 def _check_differentiable(treedef: Any, active: list[bool], leaves: list[Any]) -> None:
     """Error for an active leaf that has no gradient."""
     has_none = [
-        on and not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
+        on and not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating)
         for on, leaf in zip(active, leaves, strict=True)
     ]
     if any(has_none):

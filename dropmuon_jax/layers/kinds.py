@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from dropmuon_jax.layers.sites import Grouped, Site
+from dropmuon_jax.layers.dimension_numbers import Grouped
+from dropmuon_jax.layers.sites import Site, cut_of
 
 # Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
 # such a name may be (in, out).
@@ -56,7 +57,7 @@ def components(path: str) -> tuple[tuple[str, ...], ...]:
 
 def is_vector(site: Site) -> str:
     """Why a leaf is a vector, of however many axes, or nothing."""
-    *modules, name = site.path.split("/")
+    *modules, name = site.called.split("/")
     words = _words(name)
     if site.said == "vector":
         return f"of a {site.module}"
@@ -79,7 +80,7 @@ def is_vector(site: Site) -> str:
 
 def _is_beside_a_kernel(site: Site) -> bool:
     """Whether a `b` is the bias of a kernel; an error if nothing tells."""
-    *modules, _ = site.path.split("/")
+    *modules, _ = site.called.split("/")
     for other, shape in site.beside.items():
         is_kernel = _words(other)[:1] in (("w",), ("weight",), ("kernel",))
         if is_kernel and (shape is None or shape[-1:] == site.shape[-1:]):
@@ -96,9 +97,9 @@ def _is_beside_a_kernel(site: Site) -> bool:
 
 def kind_of(site: Site) -> tuple[str, str]:
     """The role of a leaf that is no vector by its name, and why; an error if it is in doubt."""
-    *_, name = site.path.split("/")
+    *_, name = site.called.split("/")
     of_head, of_table = _is_head(site), _is_table(site)
-    if of_head and not _ATTENTION.isdisjoint(itertools.chain(*components(site.path))):
+    if of_head and not _ATTENTION.isdisjoint(itertools.chain(*components(site.called))):
         raise ValueError(
             f"Leaf '{site.path}' of shape {site.shape} may belong to a head of attention, or to "
             f"the head of the network. Say which: roles={{'{site.path}': 'hidden'}}, or 'head'."
@@ -113,7 +114,7 @@ def kind_of(site: Site) -> tuple[str, str]:
         return "embedding", f"of an {site.module}" if site.said else "its path"
     if of_head:
         return "head", "its path"
-    is_kernel = "/" in site.path and name in _KERNELS
+    is_kernel = "/" in site.called and name in _KERNELS
     if _num_sides(site) < 2 and not (is_kernel or site.is_exact):
         return "bias", "an axis of length 1"
     is_extreme = len(site.shape) == 2 and max(site.shape) > _MAX_ASPECT_RATIO * min(site.shape) > 0
@@ -134,8 +135,8 @@ def _num_sides(site: Site) -> int:
 def _why_matrix(site: Site) -> str:
     if site.is_unreadable:
         return f"{len(site.shape)} axes: needs dimension_numbers"
-    if isinstance(site.numbers, Grouped):
-        return f"{site.numbers.groups} groups"
+    if site.parts or isinstance(site.numbers, Grouped):
+        return str(site.parts or site.numbers)
     if math.prod(site.window) == 1:
         return "matrix" if site.layout != "axes" else "its dimension_numbers"
     window = f"window {'×'.join(map(str, site.window))}"
@@ -146,16 +147,16 @@ def _why_matrix(site: Site) -> str:
 
 def _is_head(site: Site) -> bool:
     """Whether a component is called after a head, and not after heads of attention."""
-    return any(c[-1] in _HEADS and c[-2:] != ("multi", "head") for c in components(site.path))
+    return any(c[-1] in _HEADS and c[-2:] != ("multi", "head") for c in components(site.called))
 
 
 def _is_table(site: Site) -> bool:
     """Whether a leaf is called after a table of embeddings; an error if its path leaves it open."""
     if site.said or not set(site.shape[:-2]) <= {1}:
         return site.said == "table"
-    name = site.path.rpartition("/")[2]
+    name = site.called.rpartition("/")[2]
     # A kernel is called after its module.
-    called, *around = components(site.path)[name in _KERNELS :] or ((),)
+    called, *around = components(site.called)[name in _KERNELS :] or ((),)
     if name in ("kernel", "recurrent_kernel"):
         if _INDICES.isdisjoint(called) or not _is_called_table(called):
             return False
@@ -190,12 +191,12 @@ def check_axes(sites: Sequence[Site]) -> None:
         sites: The leaves that are matrices. What one is may depend on the others.
     """
     for site in sites:
-        if len(site.shape) < 2 or (site.said == "matrix" and site.is_exact):
+        if len(site.shape) < 2:
             continue
-        leaf, say = (
-            f"Leaf '{site.path}' of shape {site.shape}",
-            f"dimension_numbers={{'{site.path}'",
-        )
+        cut_of(site)
+        if site.said == "matrix" and site.is_exact:
+            continue
+        leaf, say = site.named, f"dimension_numbers={{'{site.path}'"
         is_window = math.prod(site.window) > 1 and not site.is_unreadable
         if is_window and site.channels[0] == 1 and _is_not_the_first(site, sites):
             raise ValueError(
@@ -213,7 +214,7 @@ def check_axes(sites: Sequence[Site]) -> None:
                 f"dm.per_layer; of an ensemble say the axes, {say}: "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}."
             )
-        if site.numbers is None and site.path.rpartition("/")[2] in _NAMES_IN_DOUBT:
+        if site.numbers is None and site.called.rpartition("/")[2] in _NAMES_IN_DOUBT:
             raise ValueError(
                 f"{leaf} may be kept as (out, in, *window), as in Equinox and PyTorch, or as "
                 "(*window, in, out), as in Flax. Say it with dimension_numbers='out_in' or "
@@ -241,7 +242,7 @@ def _is_convolution(site: Site) -> bool:
     sides = {size for size in site.window if size != 1}
     if len(sides) > 1 or max(sides) > _MAX_WINDOW:
         return False
-    *modules, name = site.path.split("/")
+    *modules, name = site.called.split("/")
     if not modules and name == "kernel":  # the parameters of a single layer
         return True
     # A layer in a list has a number only; its leading axes are not those of a scan.
@@ -255,17 +256,17 @@ def _other_kind(site: Site) -> str:
     """What a convolution may be besides an ordinary one, or nothing."""
     if site.layout not in ("in_out", "out_in") or isinstance(site.numbers, Grouped):
         return ""
-    words = {*itertools.chain(*components(site.path)[:2])}
+    words = {*itertools.chain(*components(site.called)[:2])}
     num_in, num_out = site.channels
     # A bias is as long as there are channels out. That of another chain was looked at before.
-    is_kernel = site.path.rpartition("/")[2] in _KERNELS
+    is_kernel = site.called.rpartition("/")[2] in _KERNELS
     biases = [site.beside[name] for name in ("bias", "b") if is_kernel and name in site.beside]
     sizes = [[size for size in bias if size != 1] for bias in biases if bias is not None]
     if any(size not in ([num_out], []) for size in sizes):
         return f"convolution of another kind, with a bias of shape {biases[0]} beside it"
     is_told = bool(biases) and (not sizes or num_in != num_out)
     # Linen's own name, whose kernels are (*window, in, out).
-    is_told |= re.search(r"(^|/)ConvTranspose_\d+/kernel$", site.path) is not None
+    is_told |= re.search(r"(^|/)ConvTranspose_\d+/kernel$", site.called) is not None
     if not words.isdisjoint(("transpose", "transposed", "deconv")) and not is_told:
         return "transposed convolution, which Haiku and Keras keep as (*window, out, in)"
     if not words.isdisjoint(("depthwise", "separable")) or ("dw" in words and num_in == 1):

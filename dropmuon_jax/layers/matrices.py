@@ -1,5 +1,7 @@
 """Leaves as matrices: which axes of a leaf are fan-in and which fan-out."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +14,14 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax.layers.kinds import check_axes
-from dropmuon_jax.layers.sites import (
-    LAYOUTS,
-    Grouped,
-    Site,
-    sites_of,
+from dropmuon_jax.layers.dimension_numbers import LAYOUTS
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers as DimensionNumbers
+from dropmuon_jax.layers.dimension_numbers import LeafNumbers as LeafNumbers
+from dropmuon_jax.layers.dimension_numbers import (
+    check_dimension_numbers as check_dimension_numbers,
 )
-from dropmuon_jax.layers.sites import DimensionNumbers as DimensionNumbers
-from dropmuon_jax.layers.sites import LeafNumbers as LeafNumbers
-from dropmuon_jax.layers.sites import check_dimension_numbers as check_dimension_numbers
+from dropmuon_jax.layers.kinds import check_axes
+from dropmuon_jax.layers.sites import Cut, Site, cut_of, sites_of
 from dropmuon_jax.layers.trees import leaf_paths
 
 
@@ -34,8 +34,27 @@ class MatrixAxes(NamedTuple):
     fan_out: tuple[int, ...]
     window: tuple[int, ...] = ()
     """The fan-in axes over which a convolution slides."""
-    groups: int = 1
-    """The parts of the fan-out axis, each of which is that of a matrix of its own."""
+    cut: Cut | None = None
+    """How an axis is cut into parts that are matrices of their own; :func:`parts_of` does it."""
+    replaced: tuple[int, int] | None = None
+    """Of a part the axis of the leaf that was cut, and how many axes the part has in its place."""
+
+    @property
+    def of_part(self) -> MatrixAxes:
+        """The axes of each part: neighbours of one size are a batch between groups and size."""
+        cut = self.cut
+        if cut is None:
+            return self
+        more, at = cut.batch_axis + 1 - cut.axis, cut.batch_axis
+
+        def moved(axis: int) -> tuple[int, ...]:
+            if axis == cut.axis:
+                return (*range(cut.axis, at), at + 1)
+            return (axis + more * (axis > cut.axis),)
+
+        groups = (self.fan_in, self.fan_out, self.window)
+        fan_in, fan_out, window = (sum(map(moved, group), ()) for group in groups)
+        return MatrixAxes(self.path, fan_in, fan_out, window, replaced=(cut.axis, more + 1))
 
 
 class MatrixShape(NamedTuple):
@@ -92,13 +111,24 @@ def _matrix_axes(
     return [
         MatrixAxes(site.path, (), tuple(range(len(site.shape))))
         if vectors and len(site.shape) < 2
-        else _axes_of(site)
+        else _axes_with_cut(site)
         for site in sites
     ]
 
 
+def _axes_with_cut(site: Site) -> MatrixAxes:
+    """The axes of a leaf of two axes or more, and how one is cut into parts."""
+    axes, cut = _axes_of(site), cut_of(site)
+    if cut and cut.axis not in axes.fan_in + axes.fan_out:
+        raise ValueError(
+            f"Axis {cut.axis} of leaf '{site.path}', of shape {site.shape}, is neither fan-in nor "
+            "fan-out: what lies along it are matrices of their own without dm.layers.Parts."
+        )
+    return axes._replace(cut=cut)
+
+
 def _axes_of(site: Site) -> MatrixAxes:
-    """The axes of a leaf of two axes or more; an error if they are not known."""
+    """The axes of a leaf as a whole; an error if they are not known."""
     path, shape, numbers = site.path, site.shape, site.numbers
     ndim = len(shape)
     if ndim < 2:
@@ -150,46 +180,62 @@ def _axes_of_layout(site: Site) -> MatrixAxes:
         # (*window, 1, channels), or (*window, channels, multiplier): a matrix for each channel.
         out = first if shape[first] == 1 else second
         return MatrixAxes(path, of_window, (out,), of_window)
-    groups = site.numbers.groups if isinstance(site.numbers, Grouped) else 1
     fan_in, fan_out = (first, second) if layout == "in_out" else (second, first)
-    if shape[fan_out] % groups:
-        raise ValueError(
-            f"dimension_numbers: leaf '{path}' of shape {shape} has {shape[fan_out]} channels out, "
-            f"which {groups} groups do not share equally."
-        )
-    return MatrixAxes(path, (*of_window, fan_in), (fan_out,), of_window, groups)
+    return MatrixAxes(path, (*of_window, fan_in), (fan_out,), of_window)
 
 
 def matrix_shape(leaf: jax.Array, axes: MatrixAxes) -> MatrixShape:
-    """Fan-in, fan-out and window of each matrix of a leaf."""
+    """Fan-in, fan-out and window of each matrix of a leaf without parts."""
     groups = axes.fan_in, axes.fan_out, axes.window
-    fan_in, fan_out, window = (math.prod(leaf.shape[axis] for axis in group) for group in groups)
-    return MatrixShape(fan_in, fan_out // axes.groups, window)
+    return MatrixShape(*(math.prod(leaf.shape[axis] for axis in group) for group in groups))
 
 
-def split_groups(leaf: jax.Array, axes: MatrixAxes) -> tuple[jax.Array, MatrixAxes]:
-    """A leaf with its groups as a batch axis before the fan-out axis; any other as it is."""
-    if axes.groups == 1:
-        return leaf, axes
-    (out,) = axes.fan_out
-    shape = (*leaf.shape[:out], axes.groups, -1, *leaf.shape[out + 1 :])
-    fan_in, window = (tuple(i + (i > out) for i in group) for group in (axes.fan_in, axes.window))
-    return leaf.reshape(shape), MatrixAxes(axes.path, fan_in, (out + 1,), window)
+def parts_of(leaf: jax.Array, axes: MatrixAxes) -> list[jax.Array]:
+    """A leaf as arrays with the axes `axes.of_part`; :func:`joined` goes back."""
+    cut = axes.cut
+    if cut is None:
+        return [leaf]
+    at, before, after = cut.batch_axis, leaf.shape[: cut.axis], leaf.shape[cut.axis + 1 :]
+    groups = (cut.groups,) * (at - cut.axis)
+    whole = leaf.reshape(*before, *groups, sum(cut.sizes), *after)
+    ends = np.cumsum([count * size for count, size in cut.runs])
+    pieces = zip(jnp.split(whole, ends[:-1], at), cut.runs, strict=True)
+    return [x.reshape(*before, *groups, *run, *after) for x, run in pieces]
+
+
+def part_shapes(leaf: jax.Array, axes: MatrixAxes) -> list[MatrixShape]:
+    """Fan-in, fan-out and window of the matrices of each part of a leaf."""
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # wherever the leaf lies
+    parts = jax.eval_shape(functools.partial(parts_of, axes=axes), shape)
+    return [matrix_shape(part, axes.of_part) for part in parts]
+
+
+def joined(parts: Sequence[jax.Array], axes: MatrixAxes) -> jax.Array:
+    """The leaf whose parts these are."""
+    cut = axes.cut
+    if cut is None:
+        return parts[0]
+    at = cut.batch_axis
+    after = parts[0].shape[at + 2 :]
+    pieces = [x.reshape(*x.shape[:at], x.shape[at] * x.shape[at + 1], *after) for x in parts]
+    size = cut.groups * sum(cut.sizes)
+    return jnp.concatenate(pieces, at).reshape(*parts[0].shape[: cut.axis], size, *after)
 
 
 def sum_of_each(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
     """The sum of the entries of each matrix, in a shape that broadcasts with the leaf."""
-    split, of_split = split_groups(leaf, axes)
-    total = jnp.sum(split, of_split.fan_in + of_split.fan_out, keepdims=True)
-    return total if split is leaf else jnp.broadcast_to(total, split.shape).reshape(leaf.shape)
+    of_part, parts = axes.of_part, parts_of(leaf, axes)
+    sums = [jnp.sum(x, of_part.fan_in + of_part.fan_out, keepdims=True) for x in parts]
+    if axes.cut is None:
+        return sums[0]
+    wide = [jnp.broadcast_to(total, x.shape) for total, x in zip(sums, parts, strict=True)]
+    return joined(wide, axes)
 
 
 def to_matrices(
     leaf: jax.Array, axes: MatrixAxes
 ) -> tuple[Float[Array, "batch fan_in fan_out"], Callable[[jax.Array], jax.Array]]:
-    """A leaf as a stack of matrices, and the function that makes a leaf of such a stack again."""
-    whole = leaf.shape
-    leaf, axes = split_groups(leaf, axes)
+    """A leaf without parts as a stack of matrices, and the way back from such a stack."""
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in axes.fan_in + axes.fan_out)
     order = batch + axes.fan_in + axes.fan_out
     moved = leaf.transpose(order)
@@ -197,6 +243,6 @@ def to_matrices(
     stack = moved.reshape([math.prod(leaf.shape[axis] for axis in group) for group in groups])
 
     def restore(matrices: jax.Array) -> jax.Array:
-        return matrices.reshape(moved.shape).transpose(np.argsort(order)).reshape(whole)
+        return matrices.reshape(moved.shape).transpose(np.argsort(order))
 
     return stack, restore

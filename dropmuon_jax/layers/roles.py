@@ -8,9 +8,10 @@ import jax
 
 from dropmuon_jax._checks import check_parameters, did_you_mean
 from dropmuon_jax.layers.by_path import match_leaves
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.kinds import HEADS, check_axes, components, is_vector, kind_of
 from dropmuon_jax.layers.layers import format_table
-from dropmuon_jax.layers.sites import DimensionNumbers, check_dimension_numbers, sites_of
+from dropmuon_jax.layers.sites import sites_of
 
 _MATRIX_ROLES = ("hidden", "head", "tied_head", "embedding")
 ROLES = (*_MATRIX_ROLES, "bias")

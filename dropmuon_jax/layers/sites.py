@@ -1,58 +1,38 @@
 """Leaves where they stand: their paths, shapes and neighbours, and what was said of their axes."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax._checks import check_choice, static_int
 from dropmuon_jax.layers.by_path import match_leaves
-from dropmuon_jax.layers.trees import leaf_paths, masked_paths
-
-# "in_out" is (*window, in, out), as Flax, Haiku and Keras keep kernels, and "out_in" is
-# (out, in, *window), as Equinox and PyTorch do. "transposed" is (*window, out, in), as Haiku and
-# Keras keep transposed convolutions, and Flax with transpose_kernel=True. "depthwise" is
-# (*window, 1, channels), as in Flax and Haiku, or (*window, channels, multiplier), as in Keras.
-LAYOUTS = ("in_out", "out_in", "transposed", "depthwise")
-
-
-class Grouped(NamedTuple):
-    """Dimension numbers of a convolution in groups, whose channels out are split into them.
-
-    Each group has a matrix of its own, with a shape factor of its own. A depthwise convolution
-    whose channels out are more than those in has a group for each channel in.
-
-    Examples:
-        >>> import jax.numpy as jnp, dropmuon_jax as dm
-        >>> params = {"conv": {"kernel": jnp.ones((3, 3, 2, 8)).at[..., 4:].multiply(0.01)}}
-        >>> tx = dm.newton_schulz_lmo(dimension_numbers={"conv": dm.layers.Grouped(2)})
-        >>> step = tx.update(params, tx.init(params))[0]["conv"]["kernel"]
-        >>> first, second = jnp.linalg.norm(step.reshape(18, 2, 4), axis=(0, 2))
-        >>> print(jnp.isclose(first, second, rtol=1e-3))
-        True
-    """
-
-    groups: int
-    layout: Literal["in_out", "out_in"] = "in_out"
-
-
-LeafNumbers = (
-    MuonDimensionNumbers | Grouped | Literal["in_out", "out_in", "transposed", "depthwise"]
+from dropmuon_jax.layers.complex_leaves import paths_of_wholes
+from dropmuon_jax.layers.dimension_numbers import (
+    LAYOUTS,
+    DimensionNumbers,
+    Grouped,
+    Layout,
+    LeafNumbers,
+    Parts,
+    check_leaf_numbers,
 )
-DimensionNumbers = LeafNumbers | Mapping[str, LeafNumbers]
+from dropmuon_jax.layers.trees import leaf_paths, masked_paths
 
 
 class Site(NamedTuple):
     """A leaf where it stands, and what was said of it."""
 
     path: str
+    called: str
+    """The path without the part of a complex leaf: its words say what the leaf is."""
     shape: tuple[int, ...]
-    numbers: LeafNumbers | None
-    """Its dimension numbers, if somebody has said them."""
+    numbers: MuonDimensionNumbers | Grouped | Layout | None
+    """Its dimension numbers as a whole, if somebody has said them."""
     is_exact: bool
     """Whether they are its own, by a pattern or by its module, and not those of the whole tree."""
     beside: Mapping[str, tuple[int, ...] | None]
@@ -61,6 +41,14 @@ class Site(NamedTuple):
     """The type of its module, where the tree tells, and if so what the leaf is to it: "vector",
     "table" or "matrix"."""
     said: str = ""
+    parts: Parts | None = None
+    """The parts of an axis, if somebody has said them."""
+
+    @property
+    def named(self) -> str:
+        """The leaf at the start of a message that asks for dimension numbers."""
+        in_parts = " (of its dm.layers.Parts say it as of=…)" if self.parts else ""
+        return f"Leaf '{self.path}' of shape {self.shape}{in_parts}"
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -90,30 +78,52 @@ class Site(NamedTuple):
         return (second, first) if self.layout in ("out_in", "transposed") else (first, second)
 
 
-def check_dimension_numbers(dimension_numbers: Any) -> None:
-    """Error unless the argument is dimension numbers, a mapping to them, or None."""
-    if isinstance(dimension_numbers, Mapping | None):
-        return
-    if not isinstance(dimension_numbers, MuonDimensionNumbers | Grouped | str):
-        raise TypeError(
-            "dimension_numbers must be an optax.contrib.MuonDimensionNumbers, 'in_out', 'out_in', "
-            f"or a mapping from path patterns to them, got {dimension_numbers!r}."
-        )
-    check_leaf_numbers("dimension_numbers", dimension_numbers)
+class Cut(NamedTuple):
+    """Where an axis is cut: into groups of equal size, and each of these into parts."""
+
+    axis: int
+    sizes: tuple[int, ...]
+    """The sizes of the parts in each group."""
+    groups: int = 1
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of a part along which neighbours lie, behind the axis of groups if any."""
+        return self.axis + (self.groups > 1)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The number and the size of neighbours of one size: they make one batch of matrices."""
+        return [(len([*same]), size) for size, same in itertools.groupby(self.sizes)]
 
 
-def check_leaf_numbers(name: str, numbers: Any) -> None:
-    """Error unless a value is dimension numbers of a leaf."""
-    if isinstance(numbers, str):
-        check_choice(name, numbers, LAYOUTS)
-    elif isinstance(numbers, Grouped):
-        static_int(f"{name}: groups", numbers.groups, minimum=1)
-        check_choice(f"{name}: layout", numbers.layout, LAYOUTS[:2])
-    elif not isinstance(numbers, MuonDimensionNumbers):
-        raise TypeError(
-            f"{name} must be an optax.contrib.MuonDimensionNumbers, 'in_out' or 'out_in', got "
-            f"{numbers!r}."
+def cut_of(site: Site) -> Cut | None:
+    """How an axis of a leaf is cut into parts; an error for parts that do not fit."""
+    parts, shape = site.parts, site.shape
+    if isinstance(site.numbers, Grouped):
+        # Equal parts of the channels out.
+        groups, axis = site.numbers.groups, 0 if site.layout == "out_in" else len(shape) - 1
+        if shape[axis] % groups:
+            raise ValueError(
+                f"dimension_numbers: leaf '{site.path}' of shape {shape} has {shape[axis]} "
+                f"channels out, which {groups} groups do not share equally."
+            )
+        return Cut(axis, (shape[axis] // groups,) * groups) if groups > 1 else None
+    if parts is None:
+        return None
+    if not -len(shape) <= parts.axis < len(shape):
+        raise ValueError(
+            f"dimension_numbers: leaf '{site.path}' of shape {shape} has {len(shape)} axes, and "
+            f"its dm.layers.Parts cut axis {parts.axis}. (Of stacked layers it is the axis of one "
+            "layer.)"
         )
+    size, total = shape[parts.axis], sum(parts.sizes) * parts.groups
+    if total != size:
+        raise ValueError(
+            f"dimension_numbers: axis {parts.axis} of leaf '{site.path}' of shape {shape} has size "
+            f"{size}, and its {parts} are {total}: dm.layers.Parts must fill the axis."
+        )
+    return Cut(parts.axis % len(shape), tuple(parts.sizes), parts.groups)
 
 
 def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site]:
@@ -129,26 +139,30 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
     if by_pattern:
         matches = match_leaves("dimension_numbers", dimension_numbers, paths, elsewhere)
     beside: dict[str, dict[str, tuple[int, ...] | None]] = {}
-    for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(paths, shapes, strict=True)):
+    wholes = paths_of_wholes(tree)
+    for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(wholes, shapes, strict=True)):
         module, _, name = path.rpartition("/")
         beside.setdefault(module, {})[name] = shape
     sites = []
-    for path, shape, (module, said, known) in zip(paths, shapes, _said(tree, shapes), strict=True):
+    of_leaves = zip(paths, wholes, shapes, _said(tree, shapes), strict=True)
+    for path, called, shape, (module, said, known) in of_leaves:
         numbers = matches[path].value if path in matches else None
         is_exact = numbers is not None
         if numbers is None and not by_pattern:
             numbers = dimension_numbers
-            is_exact = isinstance(numbers, MuonDimensionNumbers) or path == ""
-            if len(shape) == 2 and not isinstance(numbers, MuonDimensionNumbers):
-                # A layout of convolutions leaves matrices as they are.
-                numbers = numbers if numbers in LAYOUTS[:2] else None
-        if known is not None and not is_exact:
-            numbers = numbers if numbers and len(shape) == 2 else known
-            is_exact = True
+            is_exact = isinstance(numbers, MuonDimensionNumbers | Parts) or path == ""
+            if len(shape) == 2 and (isinstance(numbers, Grouped) or numbers in LAYOUTS[2:]):
+                numbers = None  # a layout of convolutions leaves matrices as they are
         if numbers is not None:
             check_leaf_numbers(f"dimension_numbers of leaf '{path}'", numbers)
-        neighbours = beside[path.rpartition("/")[0]]
-        sites.append(Site(path, shape, numbers, is_exact, neighbours, module, said))
+        parts = numbers if isinstance(numbers, Parts) else None
+        whole: Any = numbers.of if isinstance(numbers, Parts) else numbers
+        is_exact = is_exact and (path == "" or whole is not None)
+        if known is not None and not is_exact:
+            whole = whole if whole and len(shape) == 2 else known
+            is_exact = True
+        near = beside[called.rpartition("/")[0]]
+        sites.append(Site(path, called, shape, whole, is_exact, near, module, said, parts))
     return sites
 
 

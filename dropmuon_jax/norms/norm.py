@@ -1,8 +1,9 @@
 """Norms of one array, and the steps that are steepest in them."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,8 +17,10 @@ from dropmuon_jax.layers.matrices import (
     LeafNumbers,
     MatrixAxes,
     MatrixShape,
+    joined,
     matrix_axes,
     matrix_shape,
+    parts_of,
     to_matrices,
     vector_axes,
 )
@@ -196,16 +199,46 @@ class Norm:
         leaf = jnp.zeros(shape, dtype)
         return self.init_leaf(key, leaf, self._axes_of_one(leaf, dimension_numbers))
 
+    def directions(
+        self,
+        leaves: Sequence[Array],
+        axes: Sequence[MatrixAxes],
+        orthogonalize_all: Callable[..., list[Array]],
+        memory_limit: int,
+    ) -> list[Array]:
+        """D of every matrix of every leaf, those of one shape at once where D is a polar factor."""
+        of_leaves = list(map(parts_of, leaves, axes))
+        parts = list(itertools.chain(*of_leaves))
+        of_parts = [of.of_part for of, x in zip(axes, of_leaves, strict=True) for _ in x]
+        if self.geometry.orthogonalize is not None:
+            kernel = self.geometry.orthogonalize
+            found = orthogonalize_all(kernel, parts, of_parts, memory_limit)
+        else:
+            stacks = map(to_matrices, parts, of_parts)
+            found = [restore(self.geometry.direction(stack)) for stack, restore in stacks]
+        factors = map(self.factor, map(matrix_shape, parts, of_parts))
+        scaled = iter([factor * x for factor, x in zip(factors, found, strict=True)])
+        return [
+            joined(list(itertools.islice(scaled, len(x))), of)
+            for x, of in zip(of_leaves, axes, strict=True)
+        ]
+
     def init_leaf(self, key: PRNGKeyArray, leaf: Array, axes: MatrixAxes) -> Array:
         """A random array like a leaf with these axes, in which each matrix has norm 1."""
         if self.starts_at_zero:
             return jnp.zeros_like(leaf)
-        stack, restore = to_matrices(leaf, axes)
-        sizes = matrix_shape(leaf, axes)
+        parts = parts_of(leaf, axes)
         wide = np.promote_types(leaf.dtype, np.float32)
-        draw = jax.vmap(lambda one: self.geometry.draw(one, sizes[:2], wide))
-        drawn = draw(jax.random.split(key, len(stack)))
-        return restore(drawn * self.factor(sizes)).astype(leaf.dtype)
+
+        def draw(key: PRNGKeyArray, part: Array) -> Array:
+            stack, restore = to_matrices(part, axes.of_part)
+            sizes = matrix_shape(part, axes.of_part)
+            keys = jax.random.split(key, len(stack))
+            drawn = jax.vmap(lambda one: self.geometry.draw(one, sizes[:2], wide))(keys)
+            return restore(drawn * self.factor(sizes)).astype(leaf.dtype)
+
+        keys = [key] if len(parts) == 1 else jax.random.split(key, len(parts))
+        return joined(list(map(draw, keys, parts)), axes)
 
     def initializer(self, radius: float = 1.0) -> Callable[..., Array]:
         """`init` times the radius, a point on the boundary, for `nn.Dense(kernel_init=…)`."""
@@ -257,9 +290,10 @@ class Norm:
         if numbers is None and x.ndim > 2 and self.of != "whole leaves":
             numbers = "in_out"
         (axes,) = self.axes(x, numbers)
-        if self.of != "whole leaves" and set(range(x.ndim)) > {*axes.fan_in, *axes.fan_out}:
+        is_batch = self.of != "whole leaves" and {*range(x.ndim)} > {*axes.fan_in, *axes.fan_out}
+        if is_batch or axes.cut:
             raise ValueError(
                 f"An array of shape {x.shape} with these dimension_numbers is a batch of matrices: "
-                "take jax.vmap over its other axes."
+                "take jax.vmap over its other axes, and parts one by one."
             )
         return axes

@@ -19,6 +19,7 @@ from dropmuon_jax._checks import (
     did_you_mean,
 )
 from dropmuon_jax.layers.by_path import match_leaves
+from dropmuon_jax.layers.complex_leaves import refuse_split_by_optax
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.roles import Roles
@@ -84,6 +85,7 @@ def active_layers(
 
     def init_fn(params: optax.Params) -> optax.OptState:
         check_parameters(params)
+        refuse_split_by_optax(params)
         layers.units_of(params)  # an error if a leaf is in no layer
         return inner.init(params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dropmuon_jax.layers.matrices import (
     MatrixAxes,
     check_dimension_numbers,
     matrix_shape,
+    parts_of,
     to_matrices,
 )
 from dropmuon_jax.layers.trees import map_active, restructure_like
@@ -66,7 +68,7 @@ class SmoothnessState(NamedTuple):
     sample: SmoothnessSample
     """The last sample."""
     leaf_of_matrix: Int[Array, " matrices"]
-    """The leaf of each entry of the sample; without batch axes a leaf has one entry."""
+    """The leaf of each entry of the sample; without batch axes and parts a leaf has one entry."""
 
 
 def track_smoothness(
@@ -150,7 +152,9 @@ def track_smoothness(
 
     def init(params: optax.Params) -> SmoothnessState:
         leaves = jax.tree.leaves(params)
-        leaf_of_matrix = _leaf_of_matrix(leaves, norm.axes(params, dimension_numbers))
+        all_axes = norm.axes(params, dimension_numbers)
+        leaf_of_part, _ = _axes_of_parts(all_axes)
+        leaf_of_matrix = leaf_of_part[_part_of_matrix(leaves, all_axes)]
         nothing = jnp.full(leaf_of_matrix.shape, -1, wide_dtype(*leaves))
         return SmoothnessState(
             count=jnp.zeros((), jnp.int32),
@@ -190,12 +194,15 @@ def track_smoothness(
             def take_sample(old: RememberedPoint) -> SmoothnessSample:
                 old_gradients = old.gradients if second is None else second
                 trees = (updates, old_gradients, params, old.params)
-                leaves = list(zip(*map(jax.tree.leaves, trees), strict=True))
-                leaf_of_matrix = _leaf_of_matrix(jax.tree.leaves(params), all_axes)
+                parts = list(zip(*(_parts(tree, all_axes) for tree in trees), strict=True))
+                leaf_of_part, of_parts = _axes_of_parts(all_axes)
+                of_params = [of_part[2] for of_part in parts]
+                part_of_matrix = _part_of_matrix(jax.tree.leaves(params), all_axes)
+                leaf_of_matrix = leaf_of_part[part_of_matrix]
                 dual_norm = smoothness = jnp.full_like(state.sample.smoothness, -1)
-                for members in _of_one_shape(jax.tree.leaves(params), all_axes, active):
-                    matrices = np.flatnonzero(np.isin(leaf_of_matrix, members))
-                    of_members = _measure(norm, [(leaves[i], all_axes[i]) for i in members])
+                for members in _of_one_shape(of_params, of_parts, active[leaf_of_part]):
+                    matrices = np.flatnonzero(np.isin(part_of_matrix, members))
+                    of_members = _measure(norm, [(parts[i], of_parts[i]) for i in members])
                     dual_norm = dual_norm.at[matrices].set(of_members[0])
                     smoothness = smoothness.at[matrices].set(of_members[1])
                 known = old.active[leaf_of_matrix] & (smoothness >= 0)
@@ -264,14 +271,29 @@ def _of_one_shape(
     return list(groups.values())
 
 
-def _leaf_of_matrix(
+def _parts(tree: Any, all_axes: Sequence[MatrixAxes]) -> list[Array]:
+    """The leaves of a tree, or their parts."""
+    return list(itertools.chain(*map(parts_of, jax.tree.leaves(tree), all_axes)))
+
+
+def _axes_of_parts(
+    all_axes: Sequence[MatrixAxes],
+) -> tuple[Int[np.ndarray, " parts"], list[MatrixAxes]]:
+    """The index of the leaf of each part, and its axes; 0 without leaves."""
+    counts = [len(axes.cut.runs) if axes.cut else 1 for axes in all_axes]
+    of_parts = [axes.of_part for axes, n in zip(all_axes, counts, strict=True) for _ in range(n)]
+    leaf_of_part = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return leaf_of_part if counts else np.zeros(1, np.int32), of_parts
+
+
+def _part_of_matrix(
     leaves: Sequence[Array], all_axes: Sequence[MatrixAxes]
 ) -> Int[np.ndarray, " matrices"]:
-    """The index of the leaf of each matrix, in the order of the leaves; 0 without matrices."""
+    """The index of the part of each matrix, in the order of the leaves; 0 without matrices."""
     counts = [
-        axes.groups
-        * math.prod(n for i, n in enumerate(leaf.shape) if i not in axes.fan_in + axes.fan_out)
-        for leaf, axes in zip(leaves, all_axes, strict=True)
+        count * math.prod(n for i, n in enumerate(x.shape) if i not in axes.fan_in + axes.fan_out)
+        for x, axes in zip(leaves, all_axes, strict=True)
+        for count, _ in (axes.cut.runs if axes.cut else [(1, 0)])
     ]
     indices = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return indices if indices.size else np.zeros(1, np.int32)

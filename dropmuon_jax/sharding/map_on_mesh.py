@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from dropmuon_jax.layers.matrices import MatrixAxes, split_groups
+from dropmuon_jax.layers.matrices import MatrixAxes
 from dropmuon_jax.layers.trees import leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import (
     Execution,
@@ -23,7 +24,14 @@ from dropmuon_jax.orthogonalize.batches import (
     orthogonalize_all,
 )
 from dropmuon_jax.sharding.exchange import Owners, in_layout, joined_here, taken_apart, to_blocks
-from dropmuon_jax.sharding.layouts import Kind, choose_layout, layout_cost, plan_buckets
+from dropmuon_jax.sharding.layouts import (
+    Kind,
+    LeafSharding,
+    axis_names,
+    choose_layout,
+    layout_cost,
+    plan_buckets,
+)
 from dropmuon_jax.sharding.on_mesh import (
     configured,
     current_config,
@@ -60,14 +68,24 @@ def orthogonalize_on_mesh(
         return orthogonalize_all(function, leaves, axes, memory_limit)
     known = current_config().leaves
     blocks = [
-        # How the groups of a leaf are sharded is not known.
-        to_blocks(*split_groups(x, a), known.get(a.path) if a.groups == 1 else None)
+        to_blocks(x, a, sharding_of_part(known.get(a.path), a))
         for x, a in zip(leaves, axes, strict=True)
     ]
     arrays, kinds = [array for array, _, _ in blocks], [kind for _, kind, _ in blocks]
     results = _orthogonalize_blocks(function, arrays, kinds, memory_limit)
-    pairs = zip(blocks, results, leaves, strict=True)
-    return [restore(x).reshape(leaf.shape) for (_, _, restore), x, leaf in pairs]
+    return [restore(x) for (_, _, restore), x in zip(blocks, results, strict=True)]
+
+
+def sharding_of_part(sharding: LeafSharding | None, axes: MatrixAxes) -> LeafSharding | None:
+    """The sharding of a part of a leaf; not known if a mesh shards the axis that was cut."""
+    if sharding is None or axes.replaced is None:
+        return sharding
+    axis, num_axes = axes.replaced
+    entries = (*sharding.spec, *(None,) * (axis + 1))
+    if axis_names(entries[axis]):
+        return None
+    spec = PartitionSpec(*entries[:axis], *(None,) * num_axes, *sharding.spec[axis + 1 :])
+    return sharding._replace(spec=spec)
 
 
 def _orthogonalize_blocks(

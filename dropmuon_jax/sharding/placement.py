@@ -13,7 +13,7 @@ from jax.tree_util import KeyPath
 
 from dropmuon_jax._checks import check_choice, check_positive, check_transformation, describe
 from dropmuon_jax.layers.layers import Layers
-from dropmuon_jax.layers.matrices import DimensionNumbers, matrix_axes, split_groups
+from dropmuon_jax.layers.matrices import DimensionNumbers, MatrixAxes, matrix_axes, parts_of
 from dropmuon_jax.layers.roles import Roles, matrix_labels
 from dropmuon_jax.layers.trees import leaf_paths, resolve_mask
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
@@ -29,6 +29,7 @@ from dropmuon_jax.sharding.layouts import (
     layout_cost,
     plan_buckets,
 )
+from dropmuon_jax.sharding.map_on_mesh import sharding_of_part
 from dropmuon_jax.sharding.on_mesh import read_mesh
 
 
@@ -198,19 +199,19 @@ def _matrices(
             continue
         if stacked and sharding and sharding.leading:
             num_active = shape[0]  # devices work on all the layers that they have
-        blocks = jax.eval_shape(
-            lambda leaf, axes=axes: to_blocks(*split_groups(leaf, axes))[0], leaf
-        )
-        blocks = jax.ShapeDtypeStruct(
-            (num_active * blocks.shape[0], *blocks.shape[1:]),
-            np.promote_types(leaf.dtype, np.float32),
-        )
-        placed = None
-        if sharding and axes.groups == 1:
-            of_leaf = sharding.of_layer() if stacked else sharding
-            of_batch, *sides = block_sharding(axes, of_leaf.spec)
-            placed = (of_leaf.stack_axes or of_batch, *sides)
-        leaves.append((blocks, Kind(len(axes.fan_in), placed)))
+        of_leaf = sharding.of_layer() if stacked and sharding else sharding
+        known_part, placed = sharding_of_part(of_leaf, axes.of_part), None
+        if known_part:
+            of_batch, *sides = block_sharding(axes.of_part, known_part.spec)
+            placed = (known_part.stack_axes or of_batch, *sides)
+
+        def blocks(leaf: jax.Array, axes: MatrixAxes = axes) -> list[jax.Array]:
+            return [to_blocks(part, axes.of_part)[0] for part in parts_of(leaf, axes)]
+
+        kind, dtype = Kind(len(axes.of_part.fan_in), placed), np.promote_types(leaf.dtype, "f4")
+        for x in jax.eval_shape(blocks, leaf):
+            shape = (num_active * x.shape[0], *x.shape[1:])
+            leaves.append((jax.ShapeDtypeStruct(shape, dtype), kind))
     return leaves
 
 

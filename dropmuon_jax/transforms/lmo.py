@@ -1,5 +1,6 @@
 """Linear minimization oracles (LMOs) as transformations: the steepest steps of norms."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import describe, static_int
-from dropmuon_jax.layers.matrices import matrix_shape, sum_of_each, to_matrices
-from dropmuon_jax.layers.sites import DimensionNumbers, check_dimension_numbers
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
+from dropmuon_jax.layers.matrices import part_shapes, sum_of_each
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.orthogonalize.batches import DEFAULT_MEMORY_LIMIT, execution, working_bytes
@@ -164,8 +165,9 @@ def norm_lmo(
             axes, and each matrix of a batch has a ball of its own. One
             `optax.contrib.MuonDimensionNumbers` for every leaf, "in_out" for (\*window, in, out) as
             in Flax, "out_in" for (out, in, \*window) as in Equinox and PyTorch, or a mapping from
-            path patterns to one each. Leaves without any are taken as Flax kernels: (in, out), or
-            (height, width, in, out) with fan-in height · width · in.
+            path patterns to one each, or to `dm.layers.Parts` of an axis that has parts. Leaves
+            without any are taken as Flax kernels: (in, out), or (height, width, in, out) with
+            fan-in height · width · in.
         memory_limit: Working memory in bytes of a norm with an iteration, static.
 
     Examples:
@@ -241,19 +243,18 @@ def _steepest(
         hint = "It is in bytes, and static: under optax.inject_hyperparams name it in static_args."
         memory_limit = static_int("memory_limit", memory_limit, minimum=1, hint=hint)
     limit, is_scheduled = memory_limit or DEFAULT_MEMORY_LIMIT, any(map(callable, kinds))
-    kernel = norm.geometry.orthogonalize
 
     def init(params: optax.Params) -> optax.EmptyState | RadiusState:
         leaf_radii(name, radius, params)
         all_axes = norm.axes(params, dimension_numbers)
         for leaf, axes in zip(jax.tree.leaves(params), all_axes, strict=True):
-            shape = matrix_shape(leaf, axes)
-            needed = working_bytes(shape[:2], np.promote_types(leaf.dtype, np.float32))
-            if memory_limit is not None and needed > memory_limit:
-                raise ValueError(
-                    f"memory_limit is {memory_limit:,} bytes, and the iteration of one matrix of "
-                    f"leaf '{axes.path}', {shape.fan_in}×{shape.fan_out}, needs {needed:,}."
-                )
+            for shape in part_shapes(leaf, axes):
+                needed = working_bytes(shape[:2], np.promote_types(leaf.dtype, np.float32))
+                if memory_limit is not None and needed > memory_limit:
+                    raise ValueError(
+                        f"memory_limit is {memory_limit:,} bytes, and the iteration of one matrix "
+                        f"of leaf '{axes.path}', {shape.fan_in}×{shape.fan_out}, needs {needed:,}."
+                    )
         return RadiusState(jnp.zeros((), jnp.int32)) if is_scheduled else optax.EmptyState()
 
     def update(updates, state, params, layer_mask, extra_args):
@@ -269,19 +270,20 @@ def _steepest(
         on = execution(updates)
 
         def directions(grads: list[jax.Array]) -> list[jax.Array]:
-            if kernel is not None:
-                return on.orthogonalize_all(kernel, grads, axes, limit)
-            stacks = map(to_matrices, grads, axes)
-            return [restore(norm.geometry.direction(stack)) for stack, restore in stacks]
+            return norm.directions(grads, axes, on.orthogonalize_all, limit)
 
-        plain = on.call(directions, grads, named=updates, results_like=grads)
+        # In float32 until the end: a bfloat16 leaf is rounded once.
+        found = on.call(directions, grads, named=updates, results_like=grads)
         steps = list(map(jnp.zeros_like, leaves))
-        for i, grad, direction in zip(active, grads, plain, strict=True):
-            # In float32 until the end: a bfloat16 leaf is rounded once.
-            direction = norm.factor(matrix_shape(grad, all_axes[i])) * direction
+        for i, grad, direction in zip(active, grads, found, strict=True):
 
             def dual_norm(grad=grad, direction=direction, axes=all_axes[i]) -> jax.Array:
-                return sum_of_each(grad * direction, axes)
+                product = grad * direction
+                if axes.cut is None:
+                    return sum_of_each(product, axes)
+                # The axis that is cut may be an explicit one of a mesh.
+                of_each = functools.partial(sum_of_each, axes=axes)
+                return on.call(of_each, product, named=(), results_like=product)
 
             length = radii[i]
             if callable(length) or isinstance(length, AdaptiveRadius):

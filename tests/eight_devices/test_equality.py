@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
 import dropmuon_jax as dm
 from meshes import Network, assert_close, graded, make_mesh, normal, shardings
@@ -98,6 +99,27 @@ TRANSFORMATIONS: dict[str, Any] = {
     "accumulated": accumulated(DROP_MUON),
     "injected": injected(lambda value: DROP_MUON),
 }
+# Parts of an axis, which the mesh shards in "fused" and "rows", not in "heads" and "gated".
+FUSED = {"fused": (16, 48), "rows": (48, 16), "heads": (16, 6, 8), "gated": (16, 64)}
+FUSED_SPECS = {
+    "fused": P("fsdp", "tensor"),
+    "rows": P(("fsdp", "tensor"), None),
+    "heads": P("fsdp", None, "tensor"),
+    "gated": P(("fsdp", "tensor")),
+}
+FUSED_NUMBERS: dict[str, Any] = {
+    "fused": dm.layers.Parts(1, (23, 12, 13)),
+    "rows": dm.layers.Parts(0, (8, 2, 2), "out_in", groups=4),
+    "heads": dm.layers.Parts(1, (4, 1, 1), MuonDimensionNumbers(0, (1, 2))),
+    "gated": dm.layers.Parts(1, (32, 32)),
+}
+STACKS = {path: (8, *shape) for path, shape in FUSED.items()}
+FUSED_LAYERS = dm.layers_by_path(normal(STACKS), [dm.stacked(*STACKS)])
+OF_FUSED = {
+    "roles": dm.Roles(has_head=False),
+    "orthogonalize": dm.orthogonalize.newton_schulz(num_steps=3),
+    "dimension_numbers": FUSED_NUMBERS,
+}
 MASK, DEPTH = {"layer_mask": LAYERS.mask(1)}, {"depth": 1}
 IN_SLICES = dm.newton_schulz_lmo(num_steps=3, memory_limit=12_000)
 # Functions of gradients, made with what configures a transformation for a mesh.
@@ -120,9 +142,24 @@ CASES: dict[str, Callable[..., Any]] = {
     "derivatives": lambda _: derivatives,
     "one leaf": lambda on_mesh: steps_of(on_mesh(LMO)),
     "a part of one leaf": lambda on_mesh: steps_of(on_mesh(PART_OF_LEAF)),
+    "parts of an axis": lambda on_mesh: steps_of(
+        on_mesh(
+            optax.chain(
+                dm.planning.track_smoothness(EXACT, dimension_numbers=FUSED_NUMBERS),
+                dm.norm_lmo(
+                    ITERATED,
+                    dm.schedules.adaptive_radius(2.0, 0.5),
+                    dimension_numbers=FUSED_NUMBERS,
+                ),
+            )
+        )
+    ),
+    "parts in stacks": lambda on_mesh: steps_of(
+        on_mesh(dm.drop_muon(0.1, FUSED_LAYERS, **OF_FUSED)), depth=3
+    ),
 }
 # Where they are not those of all kinds of layers.
-GRADS: dict[str, tuple[Any, P]] = {
+GRADS: dict[str, tuple[Any, Any]] = {
     "inside an optimizer": (KERNELS, FSDP),
     "injected radii": (KERNELS, FSDP),
     "half precision in slices of memory": (
@@ -134,6 +171,11 @@ GRADS: dict[str, tuple[Any, P]] = {
     "derivatives": (normal((8, 12)), FSDP),
     "one leaf": (normal((16, 32)), FSDP),
     "a part of one leaf": (normal((16, 32)), FSDP),
+    "parts of an axis": (normal(FUSED), FUSED_SPECS),
+    "parts in stacks": (
+        normal(STACKS),
+        {path: P(None, *spec) for path, spec in FUSED_SPECS.items()},
+    ),
 }
 EIGHT = [{"fsdp": 1}, {"fsdp": 2}, {"tensor": 4}, {"fsdp": 8}, {"data": 8}]
 ON_MESHES = {
