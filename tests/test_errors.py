@@ -336,7 +336,7 @@ bad_value(
 # Stacked layers.
 bad_value("stack '*' … 'a' has shape (3, 2), and 'b' (4, 2)", stack_of, (3, 2), (4, 2))
 bad_value("'b' (). A leaf that is not stacked belongs to a layer of its own", stack_of, (3, 2), ())
-bad_value("a leading axis of one size, an entry for each layer", stack_of, (0, 2))
+bad_value("an axis 0 of one size, an entry for each layer", stack_of, (0, 2))
 bad_value("stack must be … 'block'. Did you mean 'blocks'?", STACK_LAYERS.stack_depth, 1, "block")
 TWO_STACKS = dm.layers_by_path({"a": X, "b": X}, [dm.stacked("a"), dm.stacked("b")])
 bad_value("several stacks, ['a', 'b']: say which, stack='a'", TWO_STACKS.stack_depth, 1)
@@ -346,7 +346,7 @@ bad_type("depth must be one integer, got an array of float32[]", STACK_LAYERS.ma
 bad_type("must be one integer, got an array of int32[2]", jax.jit(STACK_LAYERS.mask), jnp.arange(2))
 bad_value("(4,) at 'blocks/b', and the leaf (5, 4)", step_of_stack, stack_mask(ROWS[:4], ROWS[:4]))
 bad_value("at 'blocks/w' … another leaf of layer", step_of_stack, stack_mask(ROWS, ~ROWS))
-bad_value("a vector at 'embed', which is not", step_of_stack, stack_mask(ROWS, ROWS, ROWS[:3]))
+bad_value("along axis 0 of 'embed', which is not", step_of_stack, stack_mask(ROWS, ROWS, ROWS[:3]))
 bad_value("splits a layer at 'blocks/", step_of_stack, STACK_LAYERS.mask(2), STACK_LAYERS.group(2))
 bad_type("Python booleans … 'blocks/b'", step_of_stack, stack_mask(np.ones(5), np.ones(5)))
 bad_type(
@@ -369,7 +369,9 @@ bad_type("leave takes_mask out", dm.per_layer, optax.scale_by_adam(), STACK_LAYE
 # Scans over them.
 bad_value("xs has no leaves: give the stacked parameters", scan, {})
 bad_value("'key' has shape (4,), and 'w' (5, 4)", scan, {"w": jnp.ones((5, 4)), "key": jnp.ones(4)})
-bad_value("'t' of xs is a scalar … f can close over", scan, {"w": jnp.ones((5, 4)), "t": 1.0})
+bad_value(
+    "'t' of xs has shape (), and no axis 0 … f can close", scan, {"w": jnp.ones((5, 4)), "t": 1.0}
+)
 bad_value("depth must be at least 0, got -1", scan, depth=-1)
 bad_value("depth must be at most 5 … got 6 … layers.stack_depth", scan, depth=6)
 bad_type("depth must be a Python integer, got 0.5", scan, depth=0.5)
