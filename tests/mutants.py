@@ -285,7 +285,7 @@ MUTANTS = (
         "place_of[matrices[taken]] = np.flatnonzero(taken)",
         "place_of[matrices[taken]] = np.arange(count)", ("test_on_eight_devices.py",), deep=True),
     Mutant("rows of other devices are exchanged", "sharding/map_on_mesh.py",
-        "if any(known[p].leading for p in", "if any(not known[p] for p in",
+        "if any(known[path].along(axis) for", "if any(not known[path] for",
         ("test_on_eight_devices.py",), deep=True),
 )
 # fmt: on

@@ -7,7 +7,7 @@ prefix of it, such as 0 for all leaves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +69,7 @@ def row_axes(init: Callable[[Any], Any], rows: Any, axes: Sequence[int | None]) 
     return RowAxes(of_params, treedef.unflatten(of_state), of_params)
 
 
-def row_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
+def row_shape(shape: Iterable[Any], axis: int | None) -> tuple[Any, ...]:
     """The shape that a leaf has in one layer."""
     return tuple(n for i, n in enumerate(shape) if i != axis)
 
