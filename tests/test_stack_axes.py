@@ -1,6 +1,7 @@
 """Layers that are stacked along any axis step as they do along the first."""
 
 import functools
+import warnings
 from typing import Any
 
 import chex
@@ -271,3 +272,22 @@ def test_linen_scans_along_another_axis():
     expected = jax.tree.map(lambda grad: grad.at[:, :1].set(0), theirs(params))
     grads = dm.masked_value_and_grad(ours)(params, 1, layer_mask=layers.mask(1))[1]
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_check_depths_says_that_the_scan_has_another_number_of_layers(told):
+    params = along(1, front := make_params(3, 4, 4), front)
+    layers = dm.layers_by_path(params, ["embed", dm.stacked("blocks", axis=told), "head"])
+    loss = functools.partial(loss_of, layers_along(1, front), 1)
+
+    @functools.partial(jax.jit, static_argnames="depth")
+    def step(params: Any, depth: int) -> Any:
+        mask, of_loss = layers.mask(depth), min(depth, 4)
+        return dm.masked_value_and_grad(loss)(params, of_loss, layer_mask=mask)[1]
+
+    with warnings.catch_warnings(record=True) as told_of:
+        warnings.simplefilter("always")
+        dm.check_depths(step, layers, params)
+    words = "takes 3 turns over the stack 'blocks', which is 4 layers along axis 0"
+    assert any(words in str(warning.message) for warning in told_of) is (told == 0)
+    assert told == 0 or not told_of
