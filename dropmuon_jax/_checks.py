@@ -81,7 +81,7 @@ def check_floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name} must be of a floating-point dtype, got {jnp.dtype(dtype).name}.")
 
 
-def static_int(name: str, value: Any, *, minimum: int, hint: str = "") -> int:
+def static_int(name: str, value: Any, *, minimum: float, hint: str = "") -> int:
     """The Python integer that a static argument must be.
 
     Args:

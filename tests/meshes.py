@@ -121,14 +121,21 @@ class Network:
     In float64 another order of sums, which orthogonalizing magnifies, does not show.
     """
 
-    def __init__(self, is_stacked: bool):
+    def __init__(self, is_stacked: bool, axis: int = 0):
         middle = "blocks" if is_stacked else "mid"
         names = ("stem", middle, "head")
         self.params = jax.tree.map(
             lambda x: x.astype(float) / 4, normal({name: SHAPES[name] for name in names})
         )
-        self.specs = {name: SPECS[name] for name in names}
-        patterns = ["stem", dm.stacked("blocks") if is_stacked else "mid", "head"]
+        self.specs, self.axis = {name: SPECS[name] for name in names}, axis
+        if is_stacked:
+            of_blocks = self.params["blocks"], self.specs["blocks"]
+            self.params["blocks"] = {k: np.moveaxis(x, 0, axis) for k, x in of_blocks[0].items()}
+            self.specs["blocks"] = {
+                k: P(*sides[:axis], of_rows, *sides[axis:])
+                for k, (of_rows, *sides) in of_blocks[1].items()
+            }
+        patterns = ["stem", dm.stacked("blocks", axis=axis) if is_stacked else "mid", "head"]
         self.layers = dm.layers_by_path(self.params, patterns)
 
     @staticmethod
@@ -149,7 +156,8 @@ class Network:
         x = product(batch, params["stem"]["kernel"]) + params["stem"]["bias"]
         if "blocks" in params:
             depth = self.layers.stack_depth(depth)
-            x, _ = dm.scan_layers(block, jnp.tanh(x), params["blocks"], depth=depth)
+            xs, x = params["blocks"], jnp.tanh(x)
+            x, _ = dm.scan_layers(block, x, xs, depth=depth, axis=self.axis)
         else:
             x = product(jnp.tanh(x), params["mid"]["kernel"]) + params["mid"]["bias"]
         x = product(jnp.tanh(x), params["head"]["kernel"]) + params["head"]["bias"]

@@ -54,9 +54,9 @@ def by_path(*patterns: Any, params: Any = PARAMS) -> dm.Layers:
     return dm.layers_by_path(params, patterns)
 
 
-def stack_of(*shapes: tuple[int, ...]) -> dm.Layers:
+def stack_of(*shapes: tuple[int, ...], axis: Any = 0) -> dm.Layers:
     params = {name: jnp.ones(shape) for name, shape in zip("ab", shapes, strict=False)}
-    return dm.layers_by_path(params, [dm.stacked("*")])
+    return dm.layers_by_path(params, [dm.stacked("*", axis=axis)])
 
 
 def sampler(distribution: Any = UNIFORM, **kwargs: Any) -> Any:
@@ -131,11 +131,14 @@ def check(optimizer: Any, layers: Any = None, params: Any = PARAMS) -> None:
     dm.check_optimizer(optimizer, params, layers)
 
 
-def scan(xs: Any = STACK["blocks"], f: Any = None, init: Any = None, depth: Any = 0) -> Any:
+def scan(
+    xs: Any = STACK["blocks"], f: Any = None, init: Any = None, depth: Any = 0, axis: Any = 0
+) -> Any:
     def layer(carry, row):
         return carry @ row["w"], None
 
-    return dm.scan_layers(f or layer, jnp.ones(4) if init is None else init, xs, depth=depth)
+    init = jnp.ones(4) if init is None else init
+    return dm.scan_layers(f or layer, init, xs, depth=depth, axis=axis)
 
 
 # --- Hyper-parameters -----------------------------------------------------------------------------
@@ -336,7 +339,14 @@ bad_value(
 # Stacked layers.
 bad_value("stack '*' … 'a' has shape (3, 2), and 'b' (4, 2)", stack_of, (3, 2), (4, 2))
 bad_value("'b' (). A leaf that is not stacked belongs to a layer of its own", stack_of, (3, 2), ())
-bad_value("a leading axis of one size, an entry for each layer", stack_of, (0, 2))
+bad_value("an axis 0 of one size, an entry for each layer", stack_of, (0, 2))
+bad_value(
+    "an axis 1 … 'a' has shape (2, 3), and 'b' (3,) … axis=axis", stack_of, (2, 3), (3,), axis=1
+)
+bad_value("an axis -2 … 'a' has shape (2, 3), and 'b' (3, 3)", stack_of, (2, 3), (3, 3), axis=-2)
+bad_value("an axis -3 … 'a' has shape (2, 3)", stack_of, (2, 3), axis=-3)
+for axis in (0.5, True, (0, 1), jnp.int32(1)):
+    bad_type("axis must be a Python integer … from -1 for the last", stack_of, (2, 3), axis=axis)
 bad_value("stack must be … 'block'. Did you mean 'blocks'?", STACK_LAYERS.stack_depth, 1, "block")
 TWO_STACKS = dm.layers_by_path({"a": X, "b": X}, [dm.stacked("a"), dm.stacked("b")])
 bad_value("several stacks, ['a', 'b']: say which, stack='a'", TWO_STACKS.stack_depth, 1)
@@ -346,8 +356,11 @@ bad_type("depth must be one integer, got an array of float32[]", STACK_LAYERS.ma
 bad_type("must be one integer, got an array of int32[2]", jax.jit(STACK_LAYERS.mask), jnp.arange(2))
 bad_value("(4,) at 'blocks/b', and the leaf (5, 4)", step_of_stack, stack_mask(ROWS[:4], ROWS[:4]))
 bad_value("at 'blocks/w' … another leaf of layer", step_of_stack, stack_mask(ROWS, ~ROWS))
-bad_value("a vector at 'embed', which is not", step_of_stack, stack_mask(ROWS, ROWS, ROWS[:3]))
+bad_value("along axis 0 of 'embed', which is not", step_of_stack, stack_mask(ROWS, ROWS, ROWS[:3]))
 bad_value("splits a layer at 'blocks/", step_of_stack, STACK_LAYERS.mask(2), STACK_LAYERS.group(2))
+bad_value(
+    "axis 1 of 'blocks/b', which is not stacked so", step_of_stack, stack_mask(ROWS, ROWS[None, :4])
+)
 bad_type("Python booleans … 'blocks/b'", step_of_stack, stack_mask(np.ones(5), np.ones(5)))
 bad_type(
     "tells the layers of the stack 'blocks/b' apart … dm.per_layer(…, layers, takes_mask=True)",
@@ -369,7 +382,13 @@ bad_type("leave takes_mask out", dm.per_layer, optax.scale_by_adam(), STACK_LAYE
 # Scans over them.
 bad_value("xs has no leaves: give the stacked parameters", scan, {})
 bad_value("'key' has shape (4,), and 'w' (5, 4)", scan, {"w": jnp.ones((5, 4)), "key": jnp.ones(4)})
-bad_value("'t' of xs is a scalar … f can close over", scan, {"w": jnp.ones((5, 4)), "t": 1.0})
+bad_value(
+    "'t' of xs has shape (), and no axis 0 … f can close", scan, {"w": jnp.ones((5, 4)), "t": 1.0}
+)
+bad_value("'b' of xs has shape (5, 4), and no axis 2 … axis=(1, 0) for a pair", scan, axis=2)
+bad_value("a tree of integers with the structure of xs or a prefix of it", scan, axis=(1, 0))
+bad_value("'b' has shape (5, 4), and 'w' (5, 4, 4), of which it is 0", scan, axis={"w": 0, "b": 1})
+bad_type("axis must be a Python integer, got 0.5", scan, axis=0.5)
 bad_value("depth must be at least 0, got -1", scan, depth=-1)
 bad_value("depth must be at most 5 … got 6 … layers.stack_depth", scan, depth=6)
 bad_type("depth must be a Python integer, got 0.5", scan, depth=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ def scan_layers(
     *,
     depth: int | Int[Array, ""] = 0,
     policy: Callable[..., bool] | None = None,
+    axis: Any = 0,
 ) -> tuple[Carry, Any]:
     r"""`jax.lax.scan` over stacked layers, whose backward pass ends at a depth that may be traced.
 
@@ -56,8 +58,8 @@ def scan_layers(
         f: The layer, from a carry and a row of `xs` to the next carry and an output, as in
             `lax.scan`: the activations, and auxiliary losses beside them, are the carry.
         init: The first carry.
-        xs: A tree of arrays that agree in their leading size L: the stacked parameters and
-            whatever else a layer has of its own, such as dropout keys,
+        xs: A tree of arrays that agree in the size L of their axis of layers: the stacked
+            parameters and whatever else a layer has of its own, such as dropout keys,
             `(params, jax.random.split(key, L))`, or positions. Row 0 is nearest the input.
         depth: In [0, L]: the first layer that is differentiated; L for none. A Python integer is
             static, an integer array is not, and is clipped. Take it from
@@ -65,15 +67,19 @@ def scan_layers(
         policy: What of a layer is saved for its backward pass, as in `jax.checkpoint`: by default
             its inputs alone, with `jax.checkpoint_policies.everything_saveable` everything that
             depends on the layer. A traced depth takes none that offloads.
+        axis: The axis of layers, which :func:`stacked` is told too: an integer, counted from the
+            last axis of each leaf if negative, or a tree of them with the structure of `xs` or a
+            prefix of it, such as `axis=(1, 0)` for the example above. If it is not the first one,
+            the leaves are transposed, and so are their gradients.
 
     Returns:
-        The last carry, and the outputs stacked.
+        The last carry, and the outputs stacked along their first axis.
 
     Raises:
         TypeError: If `depth` is no integer; if `f` returns no pair, or a carry of another
             structure, shape or dtype, naming the leaf.
-        ValueError: If `xs` has no leaves, or they differ in their leading size, naming two; if a
-            Python integer is not in [0, L].
+        ValueError: If `xs` has no leaves, or they differ in the size of their axis of layers,
+            naming two; if a Python integer is not in [0, L]; if `axis` does not fit `xs`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, dropmuon_jax as dm
@@ -93,7 +99,8 @@ def scan_layers(
         save inputs and compute again: Chen, Xu, Zhang, Guestrin, *Training Deep Nets with Sublinear
         Memory Cost*, 2016, arXiv:1604.06174.
     """
-    num_layers = _leading_size(xs)
+    xs = _layers_first(xs, axis)
+    num_layers = len(jax.tree.leaves(xs)[0])
     depth = _check_depth(depth, num_layers)
     layer, init = _trace_layer(f, init, xs)
     leaves = jax.tree.leaves(init), jax.tree.leaves(xs)
@@ -182,20 +189,32 @@ def _describe(x: Any) -> str:
     return f"{x.dtype.name}{list(x.shape)}"
 
 
-def _leading_size(xs: Any) -> int:
-    """L; an error unless all leaves have it."""
-    leaves, paths = jax.tree.leaves(xs), leaf_paths(xs)
-    if not leaves:
+def _layers_first(xs: Any, axis: Any) -> Any:
+    """The leaves with their axis of layers in front; an error unless all have it, of one size."""
+    paths = leaf_paths(xs)
+    if not paths:
         raise ValueError("xs has no leaves: give the stacked parameters, of shapes (L, …).")
-    for leaf, path in zip(leaves, paths, strict=True):
-        if not np.shape(leaf):
+    try:
+        axes = jax.tree.broadcast(axis, xs)
+    except ValueError as error:
+        raise ValueError(
+            "axis must be an integer, or a tree of integers with the structure of xs or a prefix "
+            f"of it, such as (1, 0) for a pair; {error}"
+        ) from None
+    sizes: list[int] = []
+    for path, leaf, of_leaf in zip(paths, *map(jax.tree.leaves, (xs, axes)), strict=True):
+        shape, of_leaf = np.shape(leaf), static_int("axis", of_leaf, minimum=-math.inf)
+        if not -len(shape) <= of_leaf < len(shape):
             raise ValueError(
-                f"Leaf '{path}' of xs is a scalar. Every leaf has a leading axis, with a row for "
-                "each layer; f can close over what all layers share."
+                f"Leaf '{path}' of xs has shape {shape}, and no axis {of_leaf}. Every leaf has an "
+                "axis of layers, with a row for each; f can close over what all layers share. "
+                "Where leaves differ in it, give a tree, such as axis=(1, 0) for a pair."
             )
-        if np.shape(leaf)[0] != np.shape(leaves[0])[0]:
+        sizes.append(shape[of_leaf])
+        if sizes[-1] != sizes[0]:
+            first = np.shape(jax.tree.leaves(xs)[0])
             raise ValueError(
-                f"The leaves of xs must agree in their leading size, the number of layers: "
-                f"'{paths[0]}' has shape {np.shape(leaves[0])}, and '{path}' {np.shape(leaf)}."
+                "The leaves of xs must agree in the size of their axis of layers, their number: "
+                f"'{paths[0]}' has shape {first}, and '{path}' {shape}, of which it is {of_leaf}."
             )
-    return np.shape(leaves[0])[0]
+    return jax.tree.map(lambda x, of_x: jnp.moveaxis(x, of_x, 0) if of_x else x, xs, axes)

@@ -4,9 +4,10 @@ from dropmuon_jax.layers.by_path import StackedPatterns, layers_by_path, stacked
 from dropmuon_jax.layers.by_trace import trace_layers
 from dropmuon_jax.layers.complex_leaves import ComplexParts, join_complex, split_complex
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, Grouped, LeafNumbers, Parts
-from dropmuon_jax.layers.layers import Layers, Leaf, StackedLeaves
+from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.matrices import MatrixAxes, MatrixShape
 from dropmuon_jax.layers.roles import ROLES, Roles, matrix_labels
+from dropmuon_jax.layers.rows import Leaf, StackedLeaves
 
 __all__ = [
     "ROLES",

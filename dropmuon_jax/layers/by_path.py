@@ -1,6 +1,7 @@
 """Patterns over leaf paths, and layers from them."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -8,8 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dropmuon_jax._checks import check_parameters, did_you_mean
-from dropmuon_jax.layers.layers import Layers, StackedLeaves, make_layers
+from dropmuon_jax._checks import check_parameters, did_you_mean, static_int
+from dropmuon_jax.layers.layers import Layers, make_layers
+from dropmuon_jax.layers.rows import StackedLeaves
 from dropmuon_jax.layers.trees import leaf_paths
 
 T = TypeVar("T")
@@ -17,27 +19,31 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class StackedPatterns:
-    """What :func:`stacked` makes: the patterns of leaves along whose first axis lie layers."""
+    """What :func:`stacked` makes: the patterns of leaves along one of whose axes lie layers."""
 
     patterns: tuple[str, ...]
+    axis: int = 0
 
 
-def stacked(*patterns: str) -> StackedPatterns:
+def stacked(*patterns: str, axis: int = 0) -> StackedPatterns:
     """Says of the leaves of patterns that they are stacked layers, for :func:`layers_by_path`.
 
-    The leaves have a leading axis of one size L, as `jax.lax.scan`, `flax.linen.scan` and
-    `jax.vmap` over inits leave it, and make L layers, row 0 the shallowest. :func:`scan_layers`
-    runs them.
+    The leaves have an axis of one size L, and make L layers, row 0 the shallowest.
+    :func:`scan_layers` runs them. It is the first axis where `jax.lax.scan`, `flax.linen.scan` and
+    `jax.vmap` over inits have left it; others keep it elsewhere, as MaxText does its kernels
+    (in, L, out) and scales (size, L). Sizes do not tell it. Whatever the axis, the steps of the
+    layers are the same, and momenta have the shapes of their parameters.
 
     Args:
         *patterns: Patterns as :func:`layers_by_path` takes them, of one stack; several if it has
             several modules.
+        axis: The axis of layers in every leaf, counted from its last one if negative.
 
     Returns:
         An entry of the patterns of :func:`layers_by_path`.
 
     Raises:
-        TypeError: Without patterns, or for one that is no string.
+        TypeError: Without patterns, or for one that is no string; for an axis that is no integer.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -49,8 +55,15 @@ def stacked(*patterns: str) -> StackedPatterns:
             2  blocks[1]       1          16   19.0%
             3  blocks[2]       1          16   19.0%
                total           2          84  100.0%
+        'blocks' is 3 layers along axis 0 of its leaves.
+        >>> params = {"wi": jnp.zeros((4, 3, 8)), "scale": jnp.zeros((4, 3))}
+        >>> layers = dm.layers_by_path(params, [dm.stacked("wi", "scale", axis=1)])
+        >>> layers.mask(2)["wi"]
+        array([[False, False,  True]])
     """
-    return StackedPatterns(_members(patterns))
+    hint = "It is counted from 0, or from -1 for the last axis of each leaf."
+    axis = static_int("axis", axis, minimum=-math.inf, hint=hint)
+    return StackedPatterns(_members(patterns), axis)
 
 
 def layers_by_path(
@@ -67,7 +80,7 @@ def layers_by_path(
             lists) of floating-point arrays or of `jax.ShapeDtypeStruct`s.
         patterns: One pattern for each layer, from the input to the output; a sequence of patterns
             for a layer made of several modules; and :func:`stacked` for layers that are stacked
-            along the first axis of their leaves.
+            along an axis of their leaves.
 
     Returns:
         The :class:`Layers`. Print them once before a long run.
@@ -76,7 +89,7 @@ def layers_by_path(
         TypeError: If `patterns` is a string or holds something else than strings; for a leaf of
             `params` that is no trainable floating-point parameter.
         ValueError: If a pattern matches no leaf, a leaf matches no pattern, or a leaf matches two;
-            if the leaves of a stack differ in their leading size.
+            if a leaf of a stack lacks the axis of layers, or two differ in its size.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -99,21 +112,22 @@ def layers_by_path(
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
     names: list[str] = []
     stacks: list[StackedLeaves] = []
-    places: list[tuple[tuple[int, ...], bool]] = []
+    layers_of_group: list[tuple[int, ...]] = []
+    row_axes: dict[int, int] = {}
     for group, members in enumerate(groups):
-        name, start = " + ".join(members), len(names)
-        is_stacked = isinstance(patterns[group], StackedPatterns)
-        if is_stacked:
+        name, start, entry = " + ".join(members), len(names), patterns[group]
+        if isinstance(entry, StackedPatterns):
             leaves = [leaf for leaf, of in enumerate(group_of_leaf) if of == group]
-            num_layers = _leading_size(name, leaves, paths, shapes)
+            num_layers, axes = _layers_along(entry.axis, name, leaves, paths, shapes)
             names += [f"{name}[{row}]" for row in range(num_layers)]
-            layers = tuple(range(start, len(names)))
-            stacks.append(StackedLeaves(name, tuple(leaves), layers))
+            layers, row_axes = tuple(range(start, len(names))), row_axes | axes
+            stacks.append(StackedLeaves(name, tuple(leaves), layers, entry.axis))
         else:
             names.append(name)
             layers = (start,)
-        places.append((layers, is_stacked))
-    return make_layers(params, names, [places[group] for group in group_of_leaf], stacks)
+        layers_of_group.append(layers)
+    places = [(layers_of_group[of], row_axes.get(leaf)) for leaf, of in enumerate(group_of_leaf)]
+    return make_layers(params, names, places, stacks)
 
 
 def _match_groups(groups: Sequence[Sequence[str]], paths: Sequence[str]) -> list[int]:
@@ -146,19 +160,26 @@ def _match_groups(groups: Sequence[Sequence[str]], paths: Sequence[str]) -> list
     return [hits[0][0] for hits in matches]
 
 
-def _leading_size(
-    name: str, leaves: Sequence[int], paths: Sequence[str], shapes: Sequence[tuple[int, ...]]
-) -> int:
-    """The number of layers of a stack; an error unless its leaves agree."""
-    first = leaves[0]
+def _layers_along(
+    axis: int,
+    name: str,
+    leaves: Sequence[int],
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[int, dict[int, int]]:
+    """The number of layers of a stack, and their axis in each leaf; an error unless all agree."""
+    first, axes, sizes = leaves[0], {}, {}
     for leaf in leaves:
-        if not shapes[leaf] or shapes[leaf][0] != (*shapes[first], 0)[0] or not shapes[leaf][0]:
+        axes[leaf] = axis + len(shapes[leaf]) if axis < 0 else axis
+        sizes[leaf] = dict(enumerate(shapes[leaf])).get(axes[leaf], 0)
+        if not sizes[leaf] or sizes[leaf] != sizes[first]:
             raise ValueError(
-                f"The leaves of the stack '{name}' need a leading axis of one size, an entry for "
+                f"The leaves of the stack '{name}' need an axis {axis} of one size, an entry for "
                 f"each layer: '{paths[first]}' has shape {shapes[first]}, and '{paths[leaf]}' "
-                f"{shapes[leaf]}. A leaf that is not stacked belongs to a layer of its own."
+                f"{shapes[leaf]}. A leaf that is not stacked belongs to a layer of its own; leaves "
+                "that are stacked along another axis say so, dm.stacked(…, axis=axis)."
             )
-    return shapes[first][0]
+    return sizes[first], axes
 
 
 def _pattern_groups(patterns: Sequence[Any]) -> list[tuple[str, ...]]:

@@ -100,7 +100,7 @@ def trace_layers(
         # A use lies at the depth of the last layer that has begun by then.
         begun = [bisect_right(starts, p) - 1 for p in use if len(layers_at[p]) < len(order)]
         depths = tuple(sorted({layer, *begun}))
-        places.append(((layer,), False, depths if len(depths) > 1 else ()))
+        places.append(((layer,), None, depths if len(depths) > 1 else ()))
     return make_layers(params, names, places)
 
 

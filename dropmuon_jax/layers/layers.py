@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dropmuon_jax._checks import check_choice, check_index, describe, static_int
+from dropmuon_jax.layers.rows import Leaf, StackedLeaves, flags_along, row_shape
 from dropmuon_jax.layers.trees import leaf_keys, leaf_paths
-
-
-class Leaf(NamedTuple):
-    """A parameter leaf and its place in the order of layers."""
-
-    key: str
-    path: str
-    size: int
-    layers: tuple[int, ...]  # of each row if layers are stacked, else the one it belongs to
-    is_stacked: bool = False
-    depths: tuple[int, ...] = ()  # all at which the network uses it, if they are known
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedLeaves:
-    """Leaves along whose leading axis layers are stacked; or, as one row, an unstacked layer."""
-
-    name: str
-    leaves: tuple[int, ...]  # indices among the leaves of the tree
-    layers: tuple[int, ...]  # of each row, shallow to deep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +25,9 @@ class Layers:
     A *layer* is a group of parameter leaves that are updated together. A *depth* s means that the
     layers s, s+1, …, num_layers - 1 are active. A *layer mask* is a tree with the structure of the
     parameters and Python booleans as leaves, True where the leaf is active; for leaves of
-    :func:`stacked` layers also vectors of booleans, one for each layer. `Layers` is immutable and
-    hashable, holds no array, and is made by :func:`layers_by_path` or :func:`trace_layers`.
+    :func:`stacked` layers also arrays of booleans, one for each layer: vectors, or along another
+    axis a than the first of shape (1, …, 1, L), with a ones. `Layers` is immutable and hashable,
+    holds no array, and is made by :func:`layers_by_path` or :func:`trace_layers`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -72,7 +54,7 @@ class Layers:
                 stacked also an integer array, which may be traced and is clipped.
 
         Returns:
-            A tree of Python booleans with the structure of the parameters, NumPy vectors where a
+            A tree of Python booleans with the structure of the parameters, NumPy arrays where a
             part of a stack is active. Of an array: arrays, but True at leaves of the last layer.
 
         Raises:
@@ -114,7 +96,8 @@ class Layers:
         for stack in self.stacks:
             rows = select(np.array(stack.layers, np.int32))
             for leaf in stack.leaves:
-                flags[leaf] = rows
+                axis = self.leaves[leaf].row_axis
+                flags[leaf] = flags_along(axis, rows) if np.ndim(rows) else rows
         return self.treedef.unflatten(flags)
 
     def stack_depth(self, depth: int | Int[Array, ""], stack: str | None = None) -> Any:
@@ -198,7 +181,7 @@ class Layers:
         """What is stepped as one, shallow to deep: each stack, and the other leaves by layer."""
         members: dict[int, list[int]] = {}
         for i, leaf in enumerate(self.leaves):
-            if not leaf.is_stacked:
+            if leaf.row_axis is None:
                 members.setdefault(leaf.layers[0], []).append(i)
         single = [StackedLeaves(self.names[i], tuple(of), (i,)) for i, of in members.items()]
         return tuple(sorted([*single, *self.stacks], key=lambda unit: unit.layers[0]))
@@ -212,24 +195,29 @@ class Layers:
         """The layers of each leaf of a tree: one, or those of its rows."""
         return [leaf.layers for leaf in self._leaves_of(tree)]
 
+    def row_axes_of(self, tree: Any) -> list[int | None]:
+        """Along which axis each leaf of a tree is stacked; None for one that is not."""
+        return [leaf.row_axis for leaf in self._leaves_of(tree)]
+
     def row_shapes(self, tree: Any) -> Any:
-        """The tree of shapes and dtypes that one layer has: a stack's lack the leading axis."""
+        """The tree of shapes and dtypes that one layer has: a stack's lack the axis of layers."""
         arrays, treedef = jax.tree.flatten(tree)
-        pairs = zip(self._leaves_of(tree), arrays, strict=True)
+        pairs = zip(self.row_axes_of(tree), arrays, strict=True)
         return treedef.unflatten(
-            jax.ShapeDtypeStruct(x.shape[leaf.is_stacked :], x.dtype) for leaf, x in pairs
+            jax.ShapeDtypeStruct(row_shape(x.shape, axis), x.dtype) for axis, x in pairs
         )
 
     def check_rows(self, layer_mask: Any) -> None:
-        """Error for a vector at a leaf that is not stacked in these layers."""
+        """Error for flags along an axis of a leaf that is not stacked so in these layers."""
         made = "Make it with layers.mask(depth) of the same layers."
         for leaf, flag in zip(
             self._leaves_of(layer_mask), jax.tree.leaves(layer_mask), strict=True
         ):
-            if np.ndim(flag) and not leaf.is_stacked:
-                where = f"'{leaf.path}', which is not stacked in these layers"
-                raise ValueError(f"layer_mask is a vector at {where}. {made}")
-            flags = flag.tolist() if np.ndim(flag) and isinstance(flag, np.ndarray) else leaf.layers
+            if np.ndim(flag) and np.ndim(flag) - 1 != leaf.row_axis:
+                where = f"axis {np.ndim(flag) - 1} of '{leaf.path}', which is not stacked so"
+                raise ValueError(f"layer_mask has flags along {where} in these layers. {made}")
+            is_known = np.ndim(flag) and isinstance(flag, np.ndarray)
+            flags = flag.ravel().tolist() if is_known else leaf.layers
             if len({*zip(leaf.layers, flags, strict=True)}) > len({*leaf.layers}):
                 raise ValueError(f"layer_mask splits a layer at '{leaf.path}'. {made}")
 
@@ -253,6 +241,10 @@ class Layers:
             rows.append((str(depth), name, str(members.count(depth)), f"{size:,}", share))
         rows.append(("", "total", str(len(self.leaves)), f"{total:,}", "100.0%"))
         lines = [format_table(rows, "><>>>")]
+        for of in self.stacks:
+            lines.append(
+                f"'{of.name}' is {len(of.layers)} layers along axis {of.axis} of its leaves."
+            )
         for path, depths in ((leaf.path, sorted({*leaf.depths})) for leaf in self.leaves):
             if len(depths) > 1:
                 at = f"{', '.join(map(str, depths))}; it belongs to the shallowest, {depths[0]}."

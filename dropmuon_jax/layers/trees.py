@@ -1,7 +1,8 @@
 """Trees of parameters: the paths of their leaves, and layer masks.
 
 A layer mask has the structure of the parameters and booleans as leaves, True where a leaf is
-active. The mask of stacked layers has a vector of booleans there, one for each layer of the stack.
+active. The mask of stacked layers has an array of booleans there, one for each layer of the stack,
+of a shape that says along which axis they are: (L,), (1, L), (1, 1, L) and so on.
 Python and NumPy booleans are static; JAX arrays may be traced, and go with stacks only.
 """
 
@@ -147,15 +148,14 @@ def resolve_mask(
         layer_mask: The mask, or None.
         tree: The updates or parameters.
         extra_args: The further arguments of `update`, among which may be a misspelt mask.
-        takes_rows: Whether leaves of the mask may be vectors over the layers of a stack, and
-            arrays.
+        takes_rows: Whether leaves of the mask may be arrays, over the layers of a stack or not.
 
     Raises:
         TypeError: If a leaf of the mask is no boolean, naming it; or is an array in a mask without
-            stacks; or is a vector or an array, and `takes_rows` is false; or if there is no mask
-            where one is in force, which was lost on the way.
-        ValueError: If the mask has not the structure of the tree, or a vector not the length of its
-            leaf, naming a leaf where they differ.
+            stacks, or where `takes_rows` is false; or if there is no mask where one is in force,
+            which was lost on the way.
+        ValueError: If the mask has not the structure of the tree, or an array not the length of its
+            leaf along their last axis, naming a leaf where they differ.
     """
     if layer_mask is None:
         check_extra_args(extra_args or {})
@@ -175,7 +175,7 @@ def resolve_mask(
         return expected.unflatten(flags)
     resolved = _with_structure(layer_mask, tree)
     flags = jax.tree.leaves(resolved)
-    has_rows = any(np.ndim(flag) == 1 for flag in flags)
+    has_rows = any(np.ndim(flag) > 0 for flag in flags)
     for path, flag, leaf in zip(leaf_paths(tree), flags, leaves, strict=True):
         _check_flag(path, flag, leaf, has_rows=has_rows, takes_rows=takes_rows)
     return resolved
@@ -205,8 +205,8 @@ def _check_flag(path: str, flag: Any, leaf: Any, *, has_rows: bool, takes_rows: 
     """Error unless a leaf of a mask is a boolean, or of the right shape and in the right place."""
     if is_static(flag):
         return
-    is_vector = isinstance(flag, np.ndarray) and flag.ndim == 1
-    if not (isinstance(flag, jax.Array) or is_vector) or flag.dtype != bool:
+    has_axes = isinstance(flag, np.ndarray) and flag.ndim > 0
+    if not (isinstance(flag, jax.Array) or has_axes) or flag.dtype != bool:
         raise TypeError(
             f"layer_mask must have Python booleans as leaves, got {flag!r} at '{path}'. "
             f"{_MAKE_A_MASK}."
@@ -224,7 +224,8 @@ def _check_flag(path: str, flag: Any, leaf: Any, *, has_rows: bool, takes_rows: 
             "does not. Put the whole chain into dm.per_layer(…, layers, takes_mask=True), which "
             "runs it on the layers of a stack one by one."
         )
-    if flag.shape != () and flag.shape != np.shape(leaf)[:1]:
+    axis = flag.ndim - 1
+    if flag.shape != () and flag.shape != (1,) * axis + np.shape(leaf)[axis : axis + 1]:
         raise ValueError(
             f"layer_mask has shape {flag.shape} at '{path}', and the leaf {np.shape(leaf)}: one "
             "boolean for each layer of the stack. Make it with layers.mask(depth), of layers made "

@@ -101,12 +101,13 @@ def scion_init(
                     f"{describe(radius)}; of a schedule give the first value."
                 )
         all_axes = norm.axes(subtree, role_numbers(role, dimension_numbers))
-        leaves, treedef = jax.tree.flatten(_cut(drawn, labels, role))
+        leaves, treedef = jax.tree.flatten(cut := _cut(drawn, labels, role))
+        row_axes = [None] * len(leaves) if layers is None else layers.row_axes_of(cut)
         keys = jax.random.split(role_key, len(leaves))
         new = [
-            (radius * _init_leaf(norm, leaf_key, leaf, axes, row)).astype(leaf.dtype)
-            for radius, leaf_key, leaf, axes, row in zip(
-                radius_of_leaf, keys, leaves, all_axes, jax.tree.leaves(subtree), strict=True
+            (radius * _init_leaf(norm, leaf_key, leaf, axes, row_axis)).astype(leaf.dtype)
+            for radius, leaf_key, leaf, axes, row_axis in zip(
+                radius_of_leaf, keys, leaves, all_axes, row_axes, strict=True
             )
         ]
         drawn = jax.tree.map(
@@ -118,12 +119,15 @@ def scion_init(
     return drawn
 
 
-def _init_leaf(norm: Norm, key: PRNGKeyArray, leaf: Any, axes: Any, row: Any) -> jax.Array:
+def _init_leaf(
+    norm: Norm, key: PRNGKeyArray, leaf: Any, axes: Any, row_axis: int | None
+) -> jax.Array:
     """A draw for the leaf, or for each layer of it if it is stacked."""
-    if np.shape(leaf) == row.shape:
+    if row_axis is None:
         return norm.init_leaf(key, leaf, axes)
-    keys = jax.random.split(key, len(leaf))
-    return jax.vmap(lambda key, x: norm.init_leaf(key, x, axes))(keys, leaf)
+    keys = jax.random.split(key, leaf.shape[row_axis])
+    draw = jax.vmap(lambda key, x: norm.init_leaf(key, x, axes), (0, row_axis), row_axis)
+    return draw(keys, leaf)
 
 
 def _cut(tree: Any, labels: Any, role: str) -> Any:
@@ -261,4 +265,6 @@ def _bytes(leaf: Any, layer_mask: Any, i: int) -> bytes:
     """The bits of a leaf in its inactive layers."""
     flag = np.asarray(jax.tree.leaves(layer_mask)[i])
     array = np.asarray(leaf)
-    return (array[~flag] if flag.ndim else array).tobytes()
+    if flag.ndim:
+        array = np.compress(~flag.ravel(), array, axis=flag.ndim - 1)
+    return array.tobytes()

@@ -76,7 +76,7 @@ class Execution(NamedTuple):
     orthogonalize_all: Callable[..., list[Array]]
     """As :func:`orthogonalize_all`."""
     update_rows: Callable[..., tuple[Any, Any]] | None = None
-    """The update of the active layers of a stack; None where they are updated one by one."""
+    """The update of the active layers of a stack, as :func:`one_by_one`, in whose place it is."""
 
 
 def _call(function: Callable[..., Any], *arguments: Any, named: Any, results_like: Any) -> Any:

@@ -1,26 +1,21 @@
 """`check_depths`: what a training step computes at each depth, and which depths save nothing."""
 
 import dataclasses
-import functools
 import math
-import operator
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Float
 
 from dropmuon_jax.layers.layers import Layers, check_layers, format_table
-from dropmuon_jax.layers.trees import leaf_keys
 from dropmuon_jax.planning.costs import trace_step
+from dropmuon_jax.planning.meetings import PRODUCTS, Meetings, find_meetings
 
 _NOTHING = 0.1  # of an equal share of the backward pass: what is too little to count as saved
-_PRODUCTS = {"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"}
 
 
 class DepthWarning(UserWarning):
@@ -69,7 +64,8 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
     something reads the gradients of inactive layers (a global norm before the mask, gradients that
     leave the jit), or if a model runs stacked layers by a scan of its own; hardly, if the layer
     left out has no matrix products, such as an embedding alone. And it goes through inactive layers
-    if they are given from the output to the input.
+    if they are given from the output to the input. A scan over a stack that takes another number of
+    turns than the stack has layers is told too: they lie along another axis.
 
     Args:
         step: A jitted training step with a static argument `depth`, which is given by keyword; or a
@@ -86,7 +82,8 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
         TypeError: If `step` is not jitted, or has no argument `depth` or not as a static one.
 
     Warns:
-        DepthWarning: For depths that save nothing, with their layers, causes and ways out.
+        DepthWarning: For depths that save nothing, with their layers, causes and ways out; for
+            stacks whose number of layers is not that of the scan.
 
     Examples:
         >>> import functools, jax, jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -114,11 +111,11 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
     flops, backward = np.array([_flops(program) for program in used]).T
     backward = backward if backward[0] else flops  # for derivatives of another make
     saved = -np.diff(backward)
-    multiplied, disordered = _meetings(traced[0], (args, kwargs), layers)
-    enough = [_NOTHING if layer in multiplied else 1.0 for layer in depths]
+    found = find_meetings(traced[0], (args, kwargs), layers)
+    enough = [_NOTHING if layer in found.multiplied else 1.0 for layer in depths]
     share = backward[0] / len(depths)
     wasted = tuple(s for s in depths[1:] if saved[s - 1] <= enough[s - 1] * share)
-    for message in _messages(layers, wasted, disordered):
+    for message in _messages(layers, wasted, found):
         warnings.warn(message, DepthWarning, stacklevel=2)
     return DepthReport(layers.names, flops, backward, wasted)
 
@@ -129,7 +126,7 @@ def _flops(jaxpr: Jaxpr, in_backward: bool = False) -> np.ndarray:
     for eqn in jaxpr.eqns:
         # Derivatives by transposition say so in the names that profilers show.
         backward = in_backward or "transpose(" in str(eqn.source_info.name_stack)
-        if eqn.primitive.name in _PRODUCTS:
+        if eqn.primitive.name in PRODUCTS:
             total += _flops_of_product(eqn) * np.array([1.0, backward])
             continue
         inner = [_flops(program, backward) for program in jaxprs_in_params(eqn.params)]
@@ -171,91 +168,17 @@ def _flops_of_product(eqn: Any) -> float:
     return 2.0 * float(pairs) * right[numbers.rhs_spec[1]] * batch * features
 
 
-def _places(traced: Any, arguments: Any, layers: Layers) -> list[int] | None:
-    """The layers of each input of a program, as bits; None without parameters among the inputs."""
-    trees, nnx = [traced.args_info], sys.modules.get("flax.nnx")
-    if nnx is not None:  # whose jit flattens modules into nameless lists
-        nodes, treedef = jax.tree.flatten(arguments, lambda node: isinstance(node, nnx.Module))
-        states = (nnx.state(x) if isinstance(x, nnx.Module) else x for x in nodes)
-        trees.append(treedef.unflatten(states))
-    own = {leaf.key: sum({1 << layer for layer in leaf.layers}) for leaf in layers.leaves}
-    first = layers.leaves[0].key
-    for keys in map(leaf_keys, trees):
-        for prefix in (key.removesuffix(first) for key in keys if key.endswith(first)):
-            places = {prefix + key: bits for key, bits in own.items()}
-            if len(keys) == len(traced.jaxpr.jaxpr.invars) and places.keys() <= {*keys}:
-                return [places.get(key, 0) for key in keys]
-    return None
-
-
-def _meetings(
-    traced: Any, arguments: Any, layers: Layers
-) -> tuple[set[int], list[tuple[int, int]]]:
-    """The layers that are multiplied with data, and what stands in the wrong order.
-
-    The latter are pairs of a layer and one behind it, by the order given, that its data depend on.
-    """
-    jaxpr, places = traced.jaxpr.jaxpr, _places(traced, arguments, layers)
-    if places is None:
-        return {*range(layers.num_layers)}, []
-    meetings: list[tuple[str, int, int]] = []
-    shapes = map(_shape, jaxpr.invars)
-    inputs = [(bits, not bits and bool(shape)) for bits, shape in zip(places, shapes, strict=True)]
-    _follow(jaxpr, inputs, meetings)
-    multiplied, before = set(), {}
-    for name, weights, data in meetings:
-        for layer in (i for i in range(layers.num_layers) if weights >> i & 1):
-            before.setdefault(layer, data)
-            multiplied |= {layer} if name in _PRODUCTS else set()
-    later = ((i, j) for i in before for j in range(i + 1, layers.num_layers))
-    return multiplied, sorted((i, j) for i, j in later if before[i] >> j & 1)
-
-
-def _follow(
-    jaxpr: Jaxpr, inputs: Sequence[tuple[int, bool]], meetings: list[tuple[str, int, int]]
-) -> list[tuple[int, bool]]:
-    """The layers that each output depends on, as bits, and whether it depends on data.
-
-    `meetings` gets the products and lookups of weights and data, in order: the name of the
-    operation, the layers of the weights, and those that the data depend on. Scalars are no data.
-    """
-    origins: dict[Any, tuple[int, bool]] = {v: (0, bool(_shape(v))) for v in jaxpr.constvars}
-    origins |= zip(jaxpr.invars, inputs, strict=True)
-
-    def read(atom: Any) -> tuple[int, bool]:
-        return (0, False) if isinstance(atom, Literal) else origins[atom]
-
-    for eqn in jaxpr.eqns:
-        operands, name = list(map(read, eqn.invars)), eqn.primitive.name
-        of_data, of_weights = (
-            functools.reduce(operator.or_, (bits for bits, data in operands if data == kind), 0)
-            for kind in (True, False)
-        )
-        is_data = any(data for _, data in operands)
-        if is_data and of_weights and (name in _PRODUCTS or name == "gather"):
-            meetings.append((name, of_weights, of_data))
-        results = [(of_data | of_weights, is_data)] * len(eqn.outvars)
-        for program in jaxprs_in_params(eqn.params):
-            # Of loops and conditionals the first turn; their results depend on all operands.
-            if (size := len(program.invars)) <= len(operands):
-                found = _follow(program, operands[len(operands) - size :], meetings)
-                if name not in {"scan", "while", "cond"} and len(found) == len(results):
-                    results = found
-        origins |= zip(eqn.outvars, results, strict=True)
-    return list(map(read, jaxpr.outvars))
-
-
-def _shape(var: Any) -> tuple[int, ...]:
-    return getattr(var.aval, "shape", ())  # tokens have none
-
-
-def _messages(
-    layers: Layers, wasted: Sequence[int], disordered: Sequence[tuple[int, int]]
-) -> Iterator[str]:
+def _messages(layers: Layers, wasted: Sequence[int], found: Meetings) -> Iterator[str]:
     """The warnings, each with its depths, their layers, likely causes and ways out."""
     names = layers.names
-    if disordered:
-        i, j = disordered[0]
+    for stack, turns in found.scanned:
+        yield (
+            f"A scan takes {turns} turns over the stack {stack.name!r}, which is "
+            f"{len(stack.layers)} layers along axis {stack.axis} of its leaves. If they lie along "
+            f"another one, say so: dm.stacked(…, axis=axis)."
+        )
+    if found.disordered:
+        i, j = found.disordered[0]
         yield (
             f"Layer {names[i]!r} (depth {i}) comes behind {names[j]!r} (depth {j}) in the network. "
             f"So the backward pass of depth {i + 1} still goes through it, and saves no more than "

@@ -117,8 +117,9 @@ def _active_layers(
     """An entry for each layer; NumPy's where the mask is static."""
     flags: list[Any] = [False] * layers.num_layers
     for flag, of_leaf in zip(jax.tree.leaves(mask), leaf_layers, strict=True):
+        rows = flag.ravel() if np.ndim(flag) else None
         for row, layer in enumerate(of_leaf):
-            flags[layer] = flag[row] if np.ndim(flag) else flag
+            flags[layer] = flag if rows is None else rows[row]
     if all(map(is_static, flags)):
         return np.array(flags, bool)
     return jnp.stack([jnp.asarray(flag, bool) for flag in flags])
@@ -130,15 +131,16 @@ def _gains(
     """−⟨gradient, update⟩ of each layer."""
     total = jnp.zeros(layers.num_layers, jnp.float32)
     trees = [jax.tree.leaves(tree) for tree in (mask, grads, updates)]
-    for of_leaf, flag, grad, update in zip(leaf_layers, *trees, strict=True):
+    row_axes = layers.row_axes_of(updates)
+    for of_leaf, row_axis, flag, grad, update in zip(leaf_layers, row_axes, *trees, strict=True):
         if is_static(flag) and not flag:
             continue
         products = grad.astype(jnp.float32) * update.astype(jnp.float32)
-        is_stack = len(of_leaf) > 1
-        gains = jnp.sum(products, axis=tuple(range(1, products.ndim)) if is_stack else None)
+        gains = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i != row_axis))
         # A sum, not a scatter, which explicit axes would want to know more of.
         is_of_layer = np.arange(layers.num_layers)[:, None] == np.array(of_leaf)
-        total -= jnp.sum(jnp.where(is_of_layer, gains[None] if is_stack else gains, 0), axis=1)
+        gains = gains[None] if gains.ndim else gains
+        total -= jnp.sum(jnp.where(is_of_layer, gains, 0), axis=1)
     return total
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import PartitionSpec
 
+from dropmuon_jax.layers.rows import row_shape
 from dropmuon_jax.orthogonalize.newton_schulz import NewtonSchulz, newton_schulz
 
 LAYOUTS = ("auto", "owner", "rows", "replicated")
@@ -92,14 +93,13 @@ class LeafSharding(NamedTuple):
     stack_axes: tuple[str, ...] = ()
     """The axes of the mesh that shard the axis of a stack that `jax.vmap` has taken away."""
 
-    @property
-    def leading(self) -> tuple[str, ...]:
-        """The axes of the mesh that shard the first axis of the leaf."""
-        return axis_names(self.spec[0]) if len(self.spec) else ()
+    def along(self, axis: int) -> tuple[str, ...]:
+        """The axes of the mesh that shard an axis of the leaf."""
+        return axis_names(self.spec[axis]) if axis < len(self.spec) else ()
 
-    def of_layer(self) -> "LeafSharding":
-        """The sharding of one layer of a stack, without the first axis."""
-        return LeafSharding(PartitionSpec(*self.spec[1:]), self.leading)
+    def of_layer(self, axis: int) -> "LeafSharding":
+        """The sharding of one layer of a stack, without the axis of layers."""
+        return LeafSharding(PartitionSpec(*row_shape(self.spec, axis)), self.along(axis))
 
 
 def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

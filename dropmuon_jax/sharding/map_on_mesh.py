@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from dropmuon_jax.layers.matrices import MatrixAxes
+from dropmuon_jax.layers.rows import RowAxes, flags_along, map_rows, row_shape
 from dropmuon_jax.layers.trees import leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import (
     Execution,
@@ -189,37 +190,46 @@ def update_layers_on_mesh(
     state: Any,
     updates: Any,
     active: Bool[np.ndarray, " layers"] | Bool[Array, " layers"],
+    axes: RowAxes,
 ) -> tuple[Any, Any]:
     """The updates and the new state of a stack: its active layers together, or in groups.
 
     Args:
         step: From the arguments and the state of one active layer to its update and its state, in
             the same dtypes.
-        arguments: Trees of arrays with a leading axis of layers, `updates` among them.
-        state: A tree of arrays with the same leading axis.
+        arguments: Trees of arrays with an axis of layers, `updates` among them.
+        state: A tree of arrays with an axis of layers.
         updates: Zeros, into which the updates are written.
         active: Which layers are active. Those of a NumPy array are known now, and pass all at once;
             of those of a JAX array the device decides only how many groups pass.
+        axes: Along which axes layers lie.
     """
+    of_grads = jax.tree.leaves(jax.tree.broadcast(axes.updates, arguments["updates"]))
+    by_path = dict(zip(leaf_paths(arguments["updates"]), of_grads, strict=True))
+    of_whole = axes.updates, axes.state
 
     def of_layers(layers: Any, state: Any) -> tuple[Any, Any]:
-        with within_stack(arguments["updates"]):
-            return jax.vmap(step)(*_take((arguments, state), layers))
+        with within_stack(by_path):
+            rows = _take((arguments, state), layers, axes[:2])
+            return jax.vmap(step, axes[:2], of_whole)(*rows)
 
     num_layers, known = len(active), current_config().leaves
     if isinstance(active, np.ndarray) and not active.any():
         return updates, state
-    if any(known[p].leading for p in leaf_paths(arguments["updates"]) if p in known):
+    if any(known[path].along(axis) for path, axis in by_path.items() if path in known):
         # Each device has layers of its own and works on them at the same time as the others: it is
         # done no sooner with fewer, and to share out fewer, layers would have to be exchanged.
         everything = of_layers(slice(0, num_layers), state)
-        select = functools.partial(where_active, active)
-        return jax.tree.map(select, everything, (updates, state))
+
+        def select(axis: int, new: Array, old: Array) -> Array:
+            return where_active(flags_along(axis, active), new, old)
+
+        return map_rows(select, of_whole, everything, (updates, state))
     if isinstance(active, np.ndarray):
         layers = _at_once(np.flatnonzero(active))
-        return _write((updates, state), layers, of_layers(layers, state))
+        return _write((updates, state), layers, of_layers(layers, state), of_whole)
 
-    size = _group_size(arguments["updates"], num_layers)
+    size = _group_size(jax.tree.leaves(arguments["updates"]), of_grads, num_layers)
     num_groups = -(-num_layers // size)
     # What is left of the last group has the number of no layer, and is not written.
     order = jnp.nonzero(active, size=num_groups * size, fill_value=num_layers)[0]
@@ -229,24 +239,27 @@ def update_layers_on_mesh(
     # every turn, as it cannot see that no layer is read again.
     def turn(j: Array, carry: tuple[Any, Any, Array]) -> Any:
         whole, pending, last = carry
-        whole = _write(whole, last, pending)
+        whole = _write(whole, last, pending, of_whole)
         layers = jax.lax.dynamic_slice_in_dim(order, j * size, size)
         return whole, of_layers(layers, whole[1]), layers
 
     whole = updates, state
-    pending = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), whole)
+
+    def zeros(axis: int, x: Array) -> Array:
+        return jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+
+    pending = map_rows(zeros, of_whole, whole)
     nowhere = jnp.full(size, num_layers, order.dtype)
     whole, pending, last = jax.lax.fori_loop(
         0, -(-jnp.sum(active) // size), turn, (whole, pending, nowhere)
     )
-    return _write(whole, last, pending)
+    return _write(whole, last, pending, of_whole)
 
 
-def _group_size(updates: Any, num_layers: int) -> int:
+def _group_size(updates: Sequence[Array], axes: Sequence[int], num_layers: int) -> int:
     """As many layers as give every device a matrix."""
-    shapes = collections.Counter(
-        tuple(sorted(leaf.shape[1:])) for leaf in jax.tree.leaves(updates) if leaf.ndim > 2
-    )
+    rows = [row_shape(x.shape, axis) for x, axis in zip(updates, axes, strict=True)]
+    shapes = collections.Counter(tuple(sorted(row)) for row in rows if len(row) > 1)
     in_a_layer = max(shapes.values(), default=1)
     num_devices = int(np.prod(list(mesh_axes().values())))
     return min(-(-num_devices // in_a_layer), -(-num_layers // _PART_OF_STACK))
@@ -258,16 +271,20 @@ def _at_once(layers: Int[np.ndarray, " active"]) -> slice | np.ndarray:
     return slice(first, past) if past - first == len(layers) else layers
 
 
-def _take(tree: Any, layers: Any) -> Any:
-    if isinstance(layers, jax.Array):
-        return jax.tree.map(lambda x: jnp.take(x, layers, axis=0, mode="clip"), tree)
-    return jax.tree.map(lambda x: x[layers], tree)
+def _take(tree: Any, layers: Any, axes: Any) -> Any:
+    def take(axis: int, x: Array) -> Array:
+        if isinstance(layers, jax.Array):
+            return jnp.take(x, layers, axis=axis, mode="clip")
+        return x[(slice(None),) * axis + (layers,)]
+
+    return map_rows(take, axes, tree)
 
 
-def _write(whole: Any, layers: Any, part: Any) -> Any:
-    def write(x: Array, new: Array) -> Array:
+def _write(whole: Any, layers: Any, part: Any, axes: Any) -> Any:
+    def write(axis: int, x: Array, new: Array) -> Array:
+        new = new.astype(x.dtype)
         if isinstance(layers, slice):
-            return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), layers.start, axis=0)
-        return x.at[layers].set(new.astype(x.dtype), mode="drop")
+            return jax.lax.dynamic_update_slice_in_dim(x, new, layers.start, axis)
+        return x.at[(slice(None),) * axis + (layers,)].set(new, mode="drop")
 
-    return jax.tree.map(write, whole, part)
+    return map_rows(write, axes, whole, part)

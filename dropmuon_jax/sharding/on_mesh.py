@@ -58,13 +58,11 @@ def configured(**changes: Any) -> Iterator[None]:
         _CONFIG.reset(token)
 
 
-def within_stack(tree: Any) -> contextlib.AbstractContextManager[None]:
-    """Within it, the leaves of the tree are known without their leading axis."""
-    leaves = dict(current_config().leaves)
-    for path in leaf_paths(tree):
-        if path in leaves:
-            leaves[path] = leaves[path].of_layer()
-    return configured(leaves=leaves, in_stack=True)
+def within_stack(axes: Mapping[str, int]) -> contextlib.AbstractContextManager[None]:
+    """Within it, the leaves of these paths are known without their axis of layers."""
+    known = current_config().leaves
+    of_rows = {path: known[path].of_layer(axis) for path, axis in axes.items() if path in known}
+    return configured(leaves={**known, **of_rows}, in_stack=True)
 
 
 def mesh_axes() -> dict[str, int]:
@@ -140,7 +138,7 @@ def on_mesh(
 
     **Shardings** are known to JAX only where axes are explicit. Given here, leaves of one shape
     that are sharded in different ways, such as query and output projections, take one exchange for
-    each way, where otherwise XLA moves them one by one; and stacked layers whose leading axis is
+    each way, where otherwise XLA moves them one by one; and stacked layers whose axis is
     sharded stay where they are, where otherwise they are gathered. What is computed is the same
     either way.
 

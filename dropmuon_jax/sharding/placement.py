@@ -151,7 +151,7 @@ def plan_layouts(
         lambda leaf, label: leaf if label == "matrix" else optax.MaskedNode(), of_layer, labels
     )
     mask = resolve_mask(layer_mask, params, takes_rows=layers is not None and bool(layers.stacks))
-    matrices = _matrices(params, of_layer, mask, dimension_numbers, known)
+    matrices = _matrices(params, of_layer, layers, mask, dimension_numbers, known)
     arrays, kinds = zip(*matrices, strict=True) if matrices else ((), ())
 
     def of_shape(bucket: Bucket) -> ShapeLayout:
@@ -179,27 +179,31 @@ def plan_layouts(
 def _matrices(
     params: Any,
     of_layer: Any,
+    layers: Layers | None,
     layer_mask: Any,
     dimension_numbers: DimensionNumbers | None,
     known: dict[str, LeafSharding],
 ) -> list[tuple[jax.ShapeDtypeStruct, Kind]]:
     """The active matrices of each leaf: the shape and dtype of its blocks, and their kind.
 
-    The leaves of `of_layer` are the matrices; those of stacks are without their leading axis.
+    The leaves of `of_layer` are the matrices; those of stacks are without their axis of layers.
     """
+    row_axes = {}
+    if layers is not None:
+        row_axes = dict(zip(leaf_paths(params), layers.row_axes_of(params), strict=True))
     flags = dict(zip(leaf_paths(params), jax.tree.leaves(layer_mask), strict=True))
     whole = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
     leaves = []
     all_axes = matrix_axes(of_layer, dimension_numbers)
     for axes, leaf in zip(all_axes, jax.tree.leaves(of_layer), strict=True):
-        stacked = np.ndim(whole[axes.path]) > len(leaf.shape)
-        shape, sharding = np.shape(whole[axes.path]), known.get(axes.path)
-        num_active = int(np.broadcast_to(flags[axes.path], shape[:1] if stacked else 1).sum())
+        row_axis, sharding = row_axes.get(axes.path), known.get(axes.path)
+        num_rows = 1 if row_axis is None else np.shape(whole[axes.path])[row_axis]
+        num_active = int(np.broadcast_to(np.ravel(flags[axes.path]), num_rows).sum())
         if not num_active:
             continue
-        if stacked and sharding and sharding.leading:
-            num_active = shape[0]  # devices work on all the layers that they have
-        of_leaf = sharding.of_layer() if stacked and sharding else sharding
+        if row_axis is not None and sharding and sharding.along(row_axis):
+            num_active = num_rows  # devices work on all the layers that they have
+        of_leaf = sharding.of_layer(row_axis) if row_axis is not None and sharding else sharding
         known_part, placed = sharding_of_part(of_leaf, axes.of_part), None
         if known_part:
             of_batch, *sides = block_sharding(axes.of_part, known_part.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +13,24 @@ import optax
 from jaxtyping import Array, Bool
 
 from dropmuon_jax._checks import check_transformation
-from dropmuon_jax.layers.layers import Layers, StackedLeaves, check_layers
-from dropmuon_jax.layers.rows import take_row, write_row, zeros_for_rows
+from dropmuon_jax.layers.layers import Layers, check_layers
+from dropmuon_jax.layers.rows import (
+    RowAxes,
+    StackedLeaves,
+    flags_along,
+    one_by_one,
+    row_axes,
+    take_row,
+    zeros_for_rows,
+)
 from dropmuon_jax.layers.states import state_like
 from dropmuon_jax.layers.trees import inside_update, is_static, leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import execution
-from dropmuon_jax.transforms.masked import masked_transformation, with_second_gradient
+from dropmuon_jax.transforms.masked import (
+    masked_transformation,
+    remembered_labels,
+    with_second_gradient,
+)
 
 Rows = Bool[np.ndarray, " layers"] | Bool[Array, " *layers"]
 Result = tuple[Any, Any]  # updates and state
@@ -29,7 +42,8 @@ class PerLayerState(NamedTuple):
 
     inner_states: tuple[optax.OptState, ...]
     """One state of the inner transformation for each layer, counts included; for each stack one, of
-    which every leaf has an entry for each layer."""
+    which every leaf has an entry for each layer: along the axis of a parameter if it has its path
+    and shape, as momenta do, and else along the first."""
 
 
 def per_layer(
@@ -48,8 +62,8 @@ def per_layer(
 
     **Stacked layers** (:func:`stacked`) are updated one by one, in a loop over the active ones:
     `inner` is in the program once, however many layers there are, takes the time of the active
-    ones, and sees leaves without their leading axis, so that a stack of biases is vectors and a
-    stack of kernels matrices. This is where masks with a vector for a stack, and traced ones, are
+    ones, and sees leaves without their axis of layers, so that a stack of biases is vectors and a
+    stack of kernels matrices. This is where masks with flags for a stack, and traced ones, are
     taken: put all that has to do with stacks inside, such as
     `per_layer(chain(momentum(), newton_schulz_lmo()), layers, takes_mask=True)`.
 
@@ -100,14 +114,20 @@ def per_layer(
         )
     inner = optax.with_extra_args_support(inner)
     units = layers.units
+    axes_of = remembered_labels(
+        lambda of_unit: row_axes(
+            inner.init, layers.row_shapes(of_unit), layers.row_axes_of(of_unit)
+        )
+    )
 
     def init(params: optax.Params) -> PerLayerState:
         unit_of_leaf, states = layers.units_of(params), []
         for index, unit in enumerate(units):
             of_unit, init_unit = _cut(params, unit_of_leaf, index), inner.init
             if unit in layers.stacks and jax.tree.leaves(of_unit):
-                _check_stack(of_unit, unit)
-                init_unit = jax.vmap(inner.init)
+                _check_stack(of_unit, layers.row_axes_of(of_unit), unit)
+                axes = axes_of(of_unit)
+                init_unit = jax.vmap(inner.init, (axes.updates,), axes.state)
             state = init_unit(of_unit)
             states.append(state_like(state, state))
         if not takes_mask and optax.tree.get_all_with_path(states, "MVRMomentumState"):
@@ -128,13 +148,14 @@ def per_layer(
         whole: dict[str, Any] = {}
         for name, value in with_second_gradient(extra_args, updates).items():
             (trees if jax.tree.structure(value) == structure else whole)[name] = value
-        step = _LayerStep(inner, takes_mask, whole)
         states, of_units = list(state.inner_states), {}
         for index, flag in _unit_flags(layer_mask, unit_of_leaf, layers).items():
             arguments = {name: _cut(tree, unit_of_leaf, index) for name, tree in trees.items()}
+            step = _LayerStep(inner, takes_mask, whole)
             if units[index] in layers.stacks:
                 xp = jnp if isinstance(flag, jax.Array) else np
                 flag = xp.broadcast_to(flag, (len(units[index].layers),))
+                step = step._replace(axes=axes_of(arguments["updates"]).of(arguments))
             update_unit: Any = _update_layer if is_static(flag) else _update_in_loop
             new, states[index] = update_unit(step, arguments, states[index], flag)
             of_units[index] = iter(jax.tree.leaves(new))
@@ -151,6 +172,8 @@ class _LayerStep(NamedTuple):
     takes_mask: bool
     whole: dict[str, Any]
     """The extra arguments that have not the structure of the updates."""
+    axes: RowAxes = RowAxes()
+    """Of a stack."""
 
     def active(self, arguments: dict[str, Any], state: Any) -> Result:
         """The updates and the new state of an active layer."""
@@ -193,42 +216,19 @@ def _update_in_loop(step: _LayerStep, arguments: Any, state: Any, active: Rows) 
         whole, active = jax.tree.map(lambda x, y: x if y is None else y, given, arrays)
         of_layer = step._replace(whole=whole)
         is_stack = np.ndim(active) == 1
-        loop = (on_devices.update_rows or _one_by_one) if is_stack else _at_most_once
-        of_one = take_row((arguments, state), 0) if is_stack else (arguments, state)
-        zeros = zeros_for_rows(lambda *one: of_layer.active(*one)[0], np.size(active), *of_one)
+        loop, of_one, axes = _at_most_once, (arguments, state), step.axes
+        if is_stack:
+            loop = functools.partial(on_devices.update_rows or one_by_one, axes=axes)
+            of_one = take_row(of_one, 0, axes[:2])
+        zeros = zeros_for_rows(
+            lambda *one: of_layer.active(*one)[0], np.size(active), *of_one, axes=axes.updates
+        )
         updates, new = loop(of_layer.active, arguments, state, zeros, active)
         if step.takes_mask and not (isinstance(active, np.ndarray) and active.all()):
             new = _advance_inactive(of_layer, arguments, state, new, active)
         return updates, new
 
     return on_devices.call(run, arguments, state, arrays, named=grads, results_like=(grads, state))
-
-
-def _one_by_one(step: Step, arguments: Any, state: Any, updates: Any, active: Rows) -> Result:
-    """The updates and the state of a stack after a step of its active layers.
-
-    Arguments and state have a leading axis of layers; `updates` are zeros, to write into.
-    """
-    if isinstance(active, np.ndarray):
-        order, count = jnp.asarray(np.flatnonzero(active), jnp.int32), int(active.sum())
-        if count == 0:
-            return updates, state
-    else:
-        order, count = jnp.nonzero(active, size=len(active))[0], jnp.sum(active)
-
-    # What a turn computes is written at the beginning of the next. So the stack is read only after
-    # it is written, and XLA does both in place; the other way round it may copy the whole stack in
-    # every turn, as it cannot see that no layer is read again.
-    def turn(j: Array, carry: tuple[Any, Any, Any, Array]) -> tuple[Any, Any, Any, Array]:
-        updates, state, pending, last = carry
-        state = write_row(state, pending, last)
-        i = order[j]
-        of_layer, pending = step(take_row(arguments, i), take_row(state, i))
-        return write_row(updates, of_layer, i), state, pending, i
-
-    start = updates, state, take_row(state, order[0]), order[0]  # the first turn writes no change
-    updates, state, pending, last = jax.lax.fori_loop(0, count, turn, start)
-    return updates, write_row(state, pending, last)
 
 
 def _at_most_once(step: Step, arguments: Any, state: Any, updates: Any, active: Array) -> Result:
@@ -246,21 +246,24 @@ def _advance_inactive(step: _LayerStep, arguments: Any, old: Any, new: Any, acti
         leaves = enumerate(zip(jax.tree.leaves(state), after, strict=True))
         return {i: leaf for i, (before, leaf) in leaves if leaf is not before}
 
-    changed = (jax.vmap(changes) if np.ndim(active) else changes)(arguments, old)
+    changed = (jax.vmap(changes, step.axes[:2]) if np.ndim(active) else changes)(arguments, old)
     leaves, treedef = jax.tree.flatten(new)
+    axes = jax.tree.leaves(jax.tree.broadcast(step.axes.state, new))
     for i, leaf in changed.items():
-        leaves[i] = where_active(active, leaves[i], leaf)
+        leaf = jnp.moveaxis(leaf, 0, axes[i]) if axes[i] else leaf
+        leaves[i] = where_active(flags_along(axes[i], active), leaves[i], leaf)
     return treedef.unflatten(leaves)
 
 
-def _check_stack(params: Any, stack: StackedLeaves) -> None:
+def _check_stack(params: Any, axes: list[int | None], stack: StackedLeaves) -> None:
     """Error for a leaf of a stack without an entry for each layer."""
-    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
-        if np.shape(leaf)[:1] != (len(stack.layers),):
+    leaves = jax.tree.leaves(params)
+    for path, leaf, axis in zip(leaf_paths(params), leaves, axes, strict=True):
+        if axis is None or np.shape(leaf)[axis : axis + 1] != (len(stack.layers),):
             raise ValueError(
                 f"Leaf '{path}' has shape {np.shape(leaf)}, and the stack '{stack.name}' "
                 f"{len(stack.layers)} layers. Is this inside another dm.per_layer, which takes the "
-                "leading axis away, as drop_muon does for its momentum? One is enough: write the "
+                "axis of layers away, as drop_muon does for its momentum? One is enough: write the "
                 "chain with dm.per_layer(optax.chain(…), layers)."
             )
 
@@ -275,6 +278,7 @@ def _unit_flags(layer_mask: Any, unit_of_leaf: Any, layers: Layers) -> dict[int,
     flags: dict[int, Any] = {}
     leaves = map(jax.tree.leaves, (layer_mask, unit_of_leaf))
     for i, (flag, index) in enumerate(zip(*leaves, strict=True)):
+        flag = flag.ravel() if np.ndim(flag) > 1 else flag
         first = flags.setdefault(index, flag)
         known = not isinstance(flag, jax.Array) and not isinstance(first, jax.Array)
         if (known and not np.array_equal(first, flag)) or np.shape(first) != np.shape(flag):

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     numbers: Any = None
     is_stacked: bool = False
     depth: int = 0
+    axis: int = 0
 
 
 def matrices(count: int, *shape: int, name: str = "w") -> dict[str, tuple[int, ...]]:
@@ -88,6 +89,14 @@ CASES = {
     "frozen rows move no byte": Case(
         STACK, SIDES, there_and_back(2), TWO_AXES, is_stacked=True, depth=3
     ),
+    "frozen rows along the last axis move no byte": Case(
+        {name: (*sides, rows) for name, (rows, *sides) in STACK.items()},
+        {name: P(*spec[1:], None) for name, spec in SIDES.items()},
+        *(there_and_back(2), TWO_AXES),
+        is_stacked=True,
+        depth=3,
+        axis=-1,
+    ),
     "rows that devices have stay": Case(
         STACK, P(("fsdp", "tensor")), {}, TWO_AXES, is_stacked=True, depth=5
     ),
@@ -105,7 +114,8 @@ def test_an_update_takes_these_exchanges_and_is_that_of_one_device(case):
     mesh, grads = make_mesh(**case.axes), normal(case.shapes)
     specs = case.specs if isinstance(case.specs, dict) else dict.fromkeys(grads, case.specs)
     placed = shardings(mesh, specs)
-    layers = dm.layers_by_path(grads, [dm.stacked(*grads)] if case.is_stacked else list(grads))
+    stack = dm.stacked(*grads, axis=case.axis)
+    layers = dm.layers_by_path(grads, [stack] if case.is_stacked else list(grads))
     tx: Any = dm.newton_schulz_lmo(num_steps=case.num_steps, dimension_numbers=case.numbers)
     if case.is_stacked:
         tx = dm.per_layer(tx, layers, takes_mask=True)

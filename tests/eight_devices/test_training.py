@@ -33,7 +33,7 @@ def float64():
 
 def make_parts(network: str, momentum: str) -> Any:
     """A network, its optimizer and the sampler of its layers."""
-    network = Network(is_stacked=network == "stacked")
+    network = Network(is_stacked=network != "flat", axis=int(network == "stacked, axis 1"))
     optimizer = dm.drop_muon(
         0.05,
         network.layers,
@@ -67,6 +67,9 @@ CASES = {
     "stacked": ("stacked", "mvr", False, "arrays"),
     "stacked, mesh set": ("stacked", "ema", None, "compiled before"),
     "stacked, explicit axes": ("stacked", "ema", True, "arrays"),
+    "stacked along axis 1": ("stacked, axis 1", "mvr", False, "arrays"),
+    "stacked along axis 1, mesh set": ("stacked, axis 1", "ema", None, "arrays"),
+    "stacked along axis 1, explicit axes": ("stacked, axis 1", "ema", True, "arrays"),
 }
 
 
@@ -81,7 +84,7 @@ def test_each_depth_is_compiled_once_keeps_its_shardings_and_equals_one_device(
     placed = shardings(mesh, parts.specs)
     of_state = dm.state_shardings(optimizer, parts.params, placed)
     tx = dm.on_mesh(optimizer, shardings=placed) if explicit is False else optimizer
-    num_programs = 1 if network == "stacked" else 3
+    num_programs = 3 if network == "flat" else 1
     assert len({sampler.depth(step) for step in range(STEPS)}) >= 3
     with on(None if explicit is False else mesh):
         step_fn = dm.train_step(parts.loss, tx, sampler, out_shardings=(placed, of_state))
