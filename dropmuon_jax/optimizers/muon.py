@@ -11,12 +11,15 @@ import optax
 from dropmuon_jax._checks import (
     check_nonnegative,
     check_transformation,
+    describe,
     is_python_number,
     names_counterparts,
 )
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers
+from dropmuon_jax.layers.prefixes import fitted_prefix, remembered_labels
 from dropmuon_jax.layers.roles import Roles, as_roles, matrix_labels
+from dropmuon_jax.layers.trees import is_static
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.optimizers.composition import (
     active_layers,
@@ -30,7 +33,7 @@ from dropmuon_jax.optimizers.composition import (
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, remembered_labels
+from dropmuon_jax.transforms.masked import chain_subtrees
 from dropmuon_jax.transforms.per_layer import per_layer
 
 # What other Muons call it, and what says the same here.
@@ -104,8 +107,8 @@ def drop_muon(
             :func:`norm_lmo`. "out_in" says of a whole tree that kernels are (out, in, \*window), as
             Equinox keeps them.
         weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X.
-        weight_decay_mask: Which matrices decay: a tree of booleans with the structure of the
-            parameters, or a function from the parameters to one; by default all.
+        weight_decay_mask: Which matrices decay: a tree of booleans with the leaves of the
+            parameters, or a prefix of it, or a function from the parameters to one; by default all.
         auxiliary: The direction for everything else, by default `optax.scale_by_adam()`. An
             optimizer with a learning rate, such as `optax.adamw(…)`, has its minus sign already
             and would climb: :func:`check_optimizer` says so.
@@ -238,13 +241,13 @@ def _muon_chain(
     def labels(params: optax.Params) -> Any:
         return matrix_labels(rows_of(params, layers), dimension_numbers, roles)
 
+    mask_of = fitted_prefix(
+        "weight_decay_mask", True if weight_decay_mask is None else weight_decay_mask, _check_decays
+    )
+
     def decays(params: optax.Params) -> Any:
-        mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
-        mask = jax.tree.map(lambda _: True, params) if mask is None else mask
         return jax.tree.map(
-            lambda label, flag: label == "matrix" and flag,
-            labels(params),
-            jax.tree.broadcast(mask, params),
+            lambda label, flag: label == "matrix" and flag, labels(params), mask_of(params)
         )
 
     lmo = norm_lmo(
@@ -268,3 +271,11 @@ def _muon_chain(
             )
         )
     return optax.chain(*links)
+
+
+def _check_decays(path: str, flag: Any) -> None:
+    if not is_static(flag):
+        raise TypeError(
+            f"weight_decay_mask must have Python booleans as leaves, got {describe(flag)} at "
+            f"'{path}'."
+        )
