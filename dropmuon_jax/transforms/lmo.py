@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import describe, static_int
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.matrices import matrix_shape, sum_of_each, to_matrices
 from dropmuon_jax.layers.sites import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.norms.named import spectral_norm
@@ -34,6 +35,7 @@ class RadiusState(NamedTuple):
     """The number of all steps, those in which a leaf was inactive included."""
 
 
+@names_counterparts
 def newton_schulz_lmo(
     radius: Radius = 1.0,
     *,
@@ -137,6 +139,7 @@ def newton_schulz_lmo(
     return _steepest(norm, radius, dimension_numbers, memory_limit)
 
 
+@names_counterparts
 def norm_lmo(
     norm: Norm,
     radius: Radius = 1.0,
@@ -179,6 +182,7 @@ def norm_lmo(
     return _steepest(norm, radius, dimension_numbers, memory_limit)
 
 
+@names_counterparts
 def norm_sharp(
     norm: Norm,
     step_size: Radius = 1.0,

@@ -19,6 +19,7 @@ from dropmuon_jax._checks import (
     describe,
     did_you_mean,
 )
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.prefixes import fitted_prefix
 from dropmuon_jax.layers.states import StateCheck, checked_transformation
@@ -68,6 +69,7 @@ def masked_transformation(
     return optax.GradientTransformationExtraArgs(check.init, update_fn)
 
 
+@names_counterparts
 def chain_subtrees(
     transforms: Mapping[str, optax.GradientTransformation],
     labels: Any | Callable[[Any], Any],
@@ -168,6 +170,7 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
         return self.draws.sample(count, opt_state)
 
 
+@names_counterparts
 def layer_mask_sampler(
     layers: Layers,
     depth_distribution: LayerDistribution | AdaptiveDistribution,
