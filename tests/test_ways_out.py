@@ -18,6 +18,7 @@ import numpy as np  # noqa: F401 (in the table)
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState  # noqa: F401 (in the table)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Numbers  # noqa: F401 (in the table)
 

@@ -253,7 +253,8 @@ def required_mask(
             resolve_mask(None, updates, extra_args)  # an error if it was lost on the way
         raise TypeError(
             "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
-            f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}."
+            f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}. If you did, a "
+            "wrapper has kept it, as Flax's TrainState does: call tx.update yourself."
         )
     layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=bool(layers.stacks))
     if layers.stacks or not all(map(is_static, jax.tree.leaves(layer_mask))):
