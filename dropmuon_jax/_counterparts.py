@@ -16,8 +16,7 @@ _ROLES = "dict.fromkeys(dm.layers.ROLES, 1.0)"
 
 _OF_ALL_OPTIMIZERS: Counterparts = {
     "lr": "learning_rate=0.1",
-    "beta": "momentum=0.95",
-    "decay": "momentum=0.95",
+    **dict.fromkeys(("beta", "betas", "decay"), "momentum=0.95"),
     "nesterov": "momentum=dm.momentum(0.95, nesterov=True)",
     "mu_dtype": "momentum=dm.momentum(0.9, dtype=jnp.bfloat16)",
     "muon_weight_dimension_numbers": "dimension_numbers={}; by path pattern",
@@ -35,6 +34,7 @@ _OF_MUON: Counterparts = {
     "preconditioning": 'orthogonalize=dm.orthogonalize.newton_schulz(preconditioning="schatten")',
     "consistent_rms": 'shape_factor="moonlight"; its RMS is 0.2',
     "mask": "weight_decay_mask=True",
+    "wd": "weight_decay=0.1",
     "adam_learning_rate": "auxiliary_learning_rate=0.1",
     "adam_b1": "auxiliary=optax.scale_by_adam(b1=0.9)",
     "adam_b2": "auxiliary=optax.scale_by_adam(b2=0.999)",
@@ -55,6 +55,7 @@ _OF_ROLES: Counterparts = {
     ),
     "shape_factor": 'norms={"hidden": dm.norms.spectral_norm("muon")}',
     "norm": 'norms={"hidden": dm.norms.spectral_norm("scion")}',
+    "b1": "momentum=0.9",
     "scale": f"radii={_ROLES}",
     "auxiliary": 'norms={"bias": dm.norms.rms_norm()}; every leaf has a norm, and none needs Adam',
     "auxiliary_learning_rate": f"radii={_ROLES}; a radius for each role",
@@ -87,6 +88,13 @@ _OF_MARS: Counterparts = {
     "nesterov": "dm.momentum(0.95, nesterov=True)",
     "max_grad_norm": "max_norm=1.0",
 }
+_OTHER_LINKS: Counterparts = {
+    **dict.fromkeys(
+        ("momentum", "beta", "b1", "nesterov", "mu_dtype"),
+        "dm.momentum(0.95, nesterov=True, dtype=jnp.float32); a link of its own, before this one",
+    ),
+    "weight_decay": "optax.add_decayed_weights(0.1); a link of its own, behind this one",
+}
 _OF_NEWTON_SCHULZ: Counterparts = {
     **dict.fromkeys(("ns_steps", "steps"), "num_steps=5"),
     "ns_coeffs": 'coefficients="muon"',
@@ -94,6 +102,7 @@ _OF_NEWTON_SCHULZ: Counterparts = {
 }
 _OF_NEWTON_SCHULZ_LMO: Counterparts = {
     **_OF_NEWTON_SCHULZ,
+    **_OTHER_LINKS,
     **dict.fromkeys(("lr", "learning_rate", "scale"), "radius=0.1"),
     "norm": "dm.norm_lmo(dm.norms.sign_norm())",
     "orthogonalize": f"dm.norm_lmo(dm.norms.spectral_norm(orthogonalize={_NEWTON_SCHULZ}))",
@@ -109,6 +118,7 @@ _OF_SPECTRAL_NORM: Counterparts = {
     "consistent_rms": 'shape_factor="moonlight"; its RMS is 0.2',
 }
 _OF_NORM_LMO: Counterparts = {
+    **_OTHER_LINKS,
     **dict.fromkeys(
         ("orthogonalize", "num_steps", "ns_steps"),
         f"norm=dm.norms.spectral_norm(orthogonalize={_NEWTON_SCHULZ})",
