@@ -39,7 +39,7 @@ layers, stacked_layers, three_layers = (
     dm.layers_by_path(THREE, [dm.stacked("x")]),
 )
 UNIFORM, SUBSETS = dm.uniform_depth(), dm.sampling.fixed_size_subsets(2)
-TIMED, FIXED = dm.time_aware_depth([3.0, 2.0, 1.0]), dm.fixed_depth([0.2, 0.3, 0.5])
+TIMED = dm.time_aware_depth([3.0, 2.0, 1.0])
 RADII, RADIUS = dict.fromkeys(dm.layers.ROLES, 1.0), dm.schedules.adaptive_radius(1.0, 1.0)
 sampler = dm.DepthSampler(layers, UNIFORM, seed=0)
 pairs = dm.DepthSampler(layers, UNIFORM, seed=0, steps_per_draw=2)
@@ -52,16 +52,12 @@ sgd, scion, track = optax.sgd(0.1), dm.scion(0.1, RADII), dm.planning.track_smoo
 NET, LINEAR = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
 MODEL = eqx.nn.MLP(3, 3, 3, 1, key=jax.random.key(0))
 arrays = lambda tree: eqx.filter(tree, eqx.is_inexact_array)  # noqa: E731
-HEADS = arrays(
-    eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(
-        jax.random.split(jax.random.key(0), 5)
-    )
-)
+KEYS = jax.random.split(jax.random.key(0), 5)
+HEADS = arrays(eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(KEYS))
 WEIGHT = {"a/weight": ONES((4, 3))}
 MESH = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
 SHARDINGS = jax.tree.map(lambda _: NamedSharding(MESH, PartitionSpec()), PARAMS)
 PLACED = jax.device_put(PARAMS, SHARDINGS)
-copied = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
 
 
 def norm_of_equinox() -> Any:
@@ -97,10 +93,6 @@ def scanned_loss(params: Any, depth: Any) -> Any:
     return scan(stacked_layers.stack_depth(depth), params)
 
 
-def own_scan(params: Any, depth: Any) -> Any:
-    return scan(0, params)
-
-
 def lmo(shape: Any, numbers: Any = None, path: str = "net/kernel") -> Any:
     return step(dm.newton_schulz_lmo(dimension_numbers=numbers), {path: ONES(shape)})
 
@@ -129,7 +121,7 @@ def check(tx: Any, of: Any = layers) -> None:
     dm.check_optimizer(tx, PARAMS, of)
 
 
-def depths(f: Any, of: Any = layers, params: Any = PARAMS, **options: Any) -> Any:
+def depths(f: Any, of: Any = layers, params: Any = PARAMS) -> Any:
     draws = dm.DepthSampler(of, UNIFORM, seed=0)
     tx = dm.drop_muon(0.1, of, roles=dm.Roles(has_head=False))
     return dm.check_depths(dm.train_step(f, tx, draws), of, params, tx.init(params))
@@ -160,21 +152,17 @@ lookup_loss = lambda params: jnp.sum(  # noqa: E731
 )
 MANY = dm.layers_by_path({str(i): ONES(2) for i in range(20)}, [str(i) for i in range(20)])
 INFINITE = jax.tree.map(lambda x: x * jnp.inf, PARAMS)
-grads_of, loss_of_params = dm.masked_value_and_grad(loss), lambda params: loss(params)
+grads_of = dm.masked_value_and_grad(loss)
 draws = lambda distribution: dm.DepthSampler(layers, distribution, seed=0)  # noqa: E731
 tracker = lambda every: dm.planning.track_smoothness(NORM, every=every)  # noqa: E731
 linked = lambda seed, steps_per_draw: dm.layer_mask_sampler(  # noqa: E731
     layers, UNIFORM, seed=seed, steps_per_draw=steps_per_draw
 )
-masked_step_of = lambda layer_mask: masked_step(layer_mask)  # noqa: E731
 steps, wrapper = optax.MultiSteps(sgd, 2), optax.MultiSteps(dm.momentum(), 1)
 lossy = wrapper.gradient_transformation()
 wrapper_of_two = optax.GradientTransformationExtraArgs(steps.init, steps.update)
 recorded, gathering = dm.record_gains(sgd, timed), dm.accumulate(sgd, pairs)
 schedule = lambda count: 0.5 / (count + 1)  # noqa: E731
-muon_that_decays = lambda mask: dm.muon(  # noqa: E731
-    0.1, weight_decay=0.1, weight_decay_mask=mask
-)
 stacked = lambda state: jax.tree.map(lambda x: jnp.stack([x, x]), state)  # noqa: E731
 
 
