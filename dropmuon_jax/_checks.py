@@ -5,13 +5,12 @@ Hyper-parameters are checked only when they are Python numbers: an array may be 
 """
 
 import difflib
-import functools
 import math
 import numbers
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,6 @@ import optax
 
 # Leaves that are statistics, whatever is beside them.
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_python_number(value: Any) -> bool:
@@ -123,7 +120,8 @@ def check_transformation(name: str, value: Any) -> None:
             # Its gradient_transformation() takes no extra arguments, and so loses the layer mask.
             called = (
                 " Give optax.GradientTransformationExtraArgs(steps.init, steps.update) of your "
-                f"{type(value).__name__} `steps`."
+                f"{type(value).__name__} `steps`; or, where micro-batches share a depth, as in "
+                "dm.train_step, dm.accumulate(optimizer, sampler)."
             )
         elif callable(value):
             called = (
@@ -268,21 +266,3 @@ def _check_statistics(tree: Any, argument: str) -> None:
             f"{argument}: '{at}' is a running statistic, no parameter, and would be trained: keep "
             f"it beside the parameters ({cure})."
         )
-
-
-def names_counterparts(counterparts: Mapping[str, str]) -> Callable[[Function], Function]:
-    """Lets a function refuse the arguments of its peers by naming what says the same here."""
-
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for name in kwargs:
-                if name in counterparts:
-                    raise TypeError(
-                        f"{function.__name__}() has no argument {name!r}: say {counterparts[name]}."
-                    )
-            return function(*args, **kwargs)
-
-        return call  # pyright: ignore[reportReturnType]
-
-    return decorate

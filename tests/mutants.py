@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("dropmuon_jax", "tests", "benchmarks", "README.md", "pyproject.toml", "Makefile")
+COPIED = ("dropmuon_jax", "tests", "benchmarks", "docs", "README.md", "pyproject.toml", "Makefile")
 SECONDS = 1800  # many times what the slowest killers take
 
 
@@ -71,6 +71,12 @@ MUTANTS = (
     Mutant("biases of several axes are matrices", "layers/roles.py",
         "is_vector = len(shape) < 2 or path", "is_vector = len(shape) < 2 and path",
         ("dropmuon_jax/layers/roles.py::dropmuon_jax.layers.roles.matrix_labels",)),
+    Mutant("a misspelt key of labels is let through", "layers/prefixes.py",
+        "or not used.issuperset(places.values())", "",
+        ("test_prefixes.py::test_a_prefix_says_what_the_tree_says_that_it_stands_for",)),
+    Mutant("a model of labels is called", "layers/prefixes.py",
+        "jax.tree_util.all_leaves([given])", "callable(given)",
+        ("test_prefixes.py::test_labels_are_found_by_path_whatever_contains_them",)),
     Mutant("inactive gradients pass a transformation", "layers/trees.py",
         "if active else jnp.zeros_like(update)", "if active else update", ("test_momentum.py",)),
     Mutant("an inactive momentum is advanced", "layers/trees.py",

@@ -403,7 +403,7 @@ INJECTED = {
             "learning_rate": schedule,
             "layers": LAYERS,
             "momentum": 0.8,
-            "weight_decay": 0.2,
+            "weight_decay": schedule,
             "orthogonalize": KERNEL,
             "roles": {"mid/kernel": "embedding"},
         },

@@ -69,12 +69,13 @@ CHAIN = optax.chain(
 )
 # The part of drop_muon for everything that is no matrix, of which there is nothing here.
 AUXILIARY = {"transforms.per_layer", "layers.layers", "_checks"}
+LABELS = {"layers.prefixes"}  # looks up the label of each leaf
 STATE = {"layers.states"}  # looks up whether the state fits
 
 
 @pytest.mark.parametrize(
     ("tx", "beside"),
-    [(CHAIN, MESH | STATE), (dm.drop_muon(0.1, LAYERS), MESH | AUXILIARY | STATE)],
+    [(CHAIN, MESH | STATE), (dm.drop_muon(0.1, LAYERS), MESH | AUXILIARY | LABELS | STATE)],
     ids=["chain", "drop_muon"],
 )
 def test_a_matrix_visits_at_most_ten_modules(tx, beside):

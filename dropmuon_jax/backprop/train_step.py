@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.backprop.carried import as_returned
 from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
 from dropmuon_jax.backprop.traced_depth import check_sampler
@@ -23,6 +24,7 @@ from dropmuon_jax.sampling.sampler import DepthSampler
 from dropmuon_jax.transforms.accumulation import check_accumulation, check_call
 
 
+@names_counterparts
 def train_step(
     loss_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,

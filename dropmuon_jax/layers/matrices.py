@@ -142,9 +142,9 @@ def _axes_of(site: Site) -> MatrixAxes:
             f"fan-in and fan-out. Say it with dimension_numbers={{'{path}': "
             "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}, where a key may "
             "be a pattern such as 'query/kernel' and axes in neither are batch axes; or, for a "
-            "convolution, with 'in_out', which is (*window, in, out), or 'out_in', "
-            "(out, in, *window). (Of stacked layers say in dm.layers_by_path that they are "
-            "dm.stacked, and put the LMO into dm.per_layer.)"
+            "convolution, with 'in_out' of (*window, in, out), 'out_in' of (out, in, *window), or "
+            "'depthwise'. (Of stacked layers say in dm.layers_by_path that they are dm.stacked, "
+            "and put the LMO into dm.per_layer.)"
         )
     if not isinstance(numbers, MuonDimensionNumbers):
         return _axes_of_layout(site)

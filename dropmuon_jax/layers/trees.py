@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from dropmuon_jax._checks import check_extra_args
 
-_NNX_VALUE = GetAttrKey("value")
+NNX_VALUE = GetAttrKey("value")
 _MAKE_A_MASK = "Make it with layers.mask(depth) or layers.subset(active)"
 # The way out for an extra argument that a wrapper of Optax does not cut to its part of the tree.
 CUT_TO_THE_SUBTREE = (
@@ -38,7 +38,7 @@ def leaf_keys(tree: Any) -> list[str]:
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return [
-        jax.tree_util.keystr(path[:-1] if path and path[-1] == _NNX_VALUE else path)
+        jax.tree_util.keystr(path[:-1] if path and path[-1] == NNX_VALUE else path)
         for path in paths
     ]
 
@@ -54,7 +54,7 @@ def leaf_paths(tree: Any) -> list[str]:
         children[path[:-1]] = children.get(path[:-1], 0) + 1
 
     def shorten(path: KeyPath) -> KeyPath:
-        wraps_one_value = path and path[-1] == _NNX_VALUE and children[path[:-1]] == 1
+        wraps_one_value = path and path[-1] == NNX_VALUE and children[path[:-1]] == 1
         return path[:-1] if wraps_one_value else path
 
     return [jax.tree_util.keystr(shorten(path), simple=True, separator="/") for path in paths]
@@ -74,7 +74,7 @@ def masked_paths(tree: Any) -> list[str]:
     ]
 
 
-def _difference(tree: Any, reference: Any, name: str) -> str:
+def difference(tree: Any, reference: Any, name: str) -> str:
     """The leaves in which a tree differs from another one, for a message."""
     paths, expected = set(leaf_paths(tree)), set(leaf_paths(reference))
     missing, extra = sorted(expected - paths), sorted(paths - expected)
@@ -102,7 +102,7 @@ def restructure_like(
         way_out = f" {CUT_TO_THE_SUBTREE}" if masked_paths(reference) else ""
         raise ValueError(
             f"{name} must have the leaves of the {reference_name}: "
-            f"{_difference(tree, reference, name)}.{way_out}"
+            f"{difference(tree, reference, name)}.{way_out}"
         )
     for path, leaf, other in zip(leaf_paths(reference), given, expected, strict=True):
         if jnp.shape(leaf) != jnp.shape(other):
@@ -247,7 +247,7 @@ def _with_structure(layer_mask: Any, tree: Any) -> Any:
     )
     raise ValueError(
         "layer_mask has another structure than the updates or parameters: "
-        f"{_difference(layer_mask, tree, 'the mask')}. {way_out}"
+        f"{difference(layer_mask, tree, 'the mask')}. {way_out}"
     )
 
 

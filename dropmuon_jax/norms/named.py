@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from dropmuon_jax._checks import check_choice, describe
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.matrices import MatrixAxes
 from dropmuon_jax.norms.norm import SPECTRAL_FACTORS, Geometry, Lengths, Matrices, Norm
 from dropmuon_jax.orthogonalize.batches import (
@@ -48,6 +49,7 @@ def spectral(orthogonalize: Orthogonalize | None) -> Geometry:
     return Geometry(_largest_singular_value, dual_norm, direction, draw, kernel)
 
 
+@names_counterparts
 def spectral_norm(
     shape_factor: str = "spectral", *, orthogonalize: Orthogonalize | None = None
 ) -> Norm:

@@ -9,14 +9,16 @@ import jax
 import optax
 
 from dropmuon_jax._checks import (
-    check_nonnegative,
     check_transformation,
+    describe,
     is_python_number,
-    names_counterparts,
 )
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers
+from dropmuon_jax.layers.prefixes import fitted_prefix, remembered_labels
 from dropmuon_jax.layers.roles import Roles, as_roles, matrix_labels
+from dropmuon_jax.layers.trees import is_static
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.optimizers.composition import (
     active_layers,
@@ -30,33 +32,11 @@ from dropmuon_jax.optimizers.composition import (
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, remembered_labels
+from dropmuon_jax.transforms.masked import chain_subtrees
 from dropmuon_jax.transforms.per_layer import per_layer
 
-# What other Muons call it, and what says the same here.
-_COUNTERPARTS = {
-    "beta": "momentum=0.95",
-    "nesterov": "momentum=dm.momentum(0.95, nesterov=True)",
-    "mu_dtype": "momentum=dm.momentum(0.9, dtype=jnp.bfloat16)",
-    "ns_coeffs": 'orthogonalize=dm.orthogonalize.newton_schulz("muon", num_steps=5)',
-    "ns_steps": "orthogonalize=dm.orthogonalize.newton_schulz(num_steps=…)",
-    "preconditioning": 'orthogonalize=dm.orthogonalize.newton_schulz(preconditioning="schatten")',
-    "consistent_rms": 'shape_factor="moonlight", whose RMS is 0.2',
-    "muon_weight_dimension_numbers": "dimension_numbers=",
-    "adam_learning_rate": "auxiliary_learning_rate=",
-    "adam_b1": "auxiliary=optax.scale_by_adam(b1=…)",
-    "adam_b2": "auxiliary=optax.scale_by_adam(b2=…)",
-    "eps": "auxiliary=optax.scale_by_adam(eps=…); the matrices need none",
-    "adam_eps_root": "auxiliary=optax.scale_by_adam(eps_root=…)",
-    "adam_weight_decay": "auxiliary=optax.chain(optax.scale_by_adam(), …)",
-    "adaptive": "a chain with dm.transforms.norm_sharp in the place of the LMO",
-    "lmo": "orthogonalize=, shape_factor= and dimension_numbers=; for other norms dm.scion",
-    "labels": "roles=, a mapping from path patterns to roles",
-    "seed": "dm.DepthSampler(layers, distribution, seed=…), which is a value of its own",
-}
 
-
-@names_counterparts(_COUNTERPARTS)
+@names_counterparts
 def drop_muon(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
@@ -65,7 +45,7 @@ def drop_muon(
     orthogonalize: Orthogonalize | None = None,
     shape_factor: str = "muon",
     dimension_numbers: DimensionNumbers | None = None,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -103,9 +83,10 @@ def drop_muon(
         dimension_numbers: Which axes of a matrix are fan-in and which fan-out, as in
             :func:`norm_lmo`. "out_in" says of a whole tree that kernels are (out, in, \*window), as
             Equinox keeps them.
-        weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X.
-        weight_decay_mask: Which matrices decay: a tree of booleans with the structure of the
-            parameters, or a function from the parameters to one; by default all.
+        weight_decay: Decoupled weight decay of the active matrices: X loses γ · weight_decay · X; a
+            number, or a schedule of it over all steps.
+        weight_decay_mask: Which matrices decay: a tree of booleans with the leaves of the
+            parameters, or a prefix of it, or a function from the parameters to one; by default all.
         auxiliary: The direction for everything else, by default `optax.scale_by_adam()`. An
             optimizer with a learning rate, such as `optax.adamw(…)`, has its minus sign already
             and would climb: :func:`check_optimizer` says so.
@@ -147,7 +128,7 @@ def drop_muon(
     return active_layers(chain, layers)
 
 
-@names_counterparts(_COUNTERPARTS)
+@names_counterparts
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -155,7 +136,7 @@ def muon(
     orthogonalize: Orthogonalize | None = None,
     shape_factor: str = "muon",
     dimension_numbers: DimensionNumbers | None = None,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -215,7 +196,7 @@ def _muon_chain(
     orthogonalize: Orthogonalize | None,
     shape_factor: str,
     dimension_numbers: DimensionNumbers | None,
-    weight_decay: float | jax.Array,
+    weight_decay: optax.ScalarOrSchedule,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None,
     auxiliary: optax.GradientTransformation | None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None,
@@ -230,7 +211,7 @@ def _muon_chain(
         auxiliary_learning_rate = learning_rate
     check_rate("learning_rate", learning_rate)
     check_rate("auxiliary_learning_rate", auxiliary_learning_rate)
-    check_nonnegative("weight_decay", weight_decay)
+    check_rate("weight_decay", weight_decay)
     check_transformation("auxiliary", auxiliary)
     roles = as_roles(roles)
 
@@ -238,13 +219,13 @@ def _muon_chain(
     def labels(params: optax.Params) -> Any:
         return matrix_labels(rows_of(params, layers), dimension_numbers, roles)
 
+    mask_of = fitted_prefix(
+        "weight_decay_mask", True if weight_decay_mask is None else weight_decay_mask, _check_decays
+    )
+
     def decays(params: optax.Params) -> Any:
-        mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
-        mask = jax.tree.map(lambda _: True, params) if mask is None else mask
         return jax.tree.map(
-            lambda label, flag: label == "matrix" and flag,
-            labels(params),
-            jax.tree.broadcast(mask, params),
+            lambda label, flag: label == "matrix" and flag, labels(params), mask_of(params)
         )
 
     lmo = norm_lmo(
@@ -268,3 +249,11 @@ def _muon_chain(
             )
         )
     return optax.chain(*links)
+
+
+def _check_decays(path: str, flag: Any) -> None:
+    if not is_static(flag):
+        raise TypeError(
+            f"weight_decay_mask must have Python booleans as leaves, got {describe(flag)} at "
+            f"'{path}'."
+        )

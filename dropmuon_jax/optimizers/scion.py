@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.core import Tracer
 
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers, check_layers
 from dropmuon_jax.layers.matrices import DimensionNumbers
 from dropmuon_jax.layers.roles import ROLES, Roles, as_roles
@@ -32,6 +33,7 @@ SCION_CNN_RADII: Mapping[str, float] = MappingProxyType({"hidden": 8.0, "head": 
 Momentum = float | jax.Array | optax.Schedule | optax.GradientTransformation
 
 
+@names_counterparts
 def scion(
     learning_rate: optax.ScalarOrSchedule,
     radii: Mapping[str, Radius],
@@ -120,6 +122,7 @@ def scion(
     return every_layer("scion", chain)
 
 
+@names_counterparts
 def drop_scion(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
@@ -168,6 +171,7 @@ def drop_scion(
     return active_layers(chain, layers)
 
 
+@names_counterparts
 def gluon(
     learning_rate: optax.ScalarOrSchedule,
     radii: Mapping[str, Radius] | None = None,
@@ -226,6 +230,7 @@ def gluon(
     return every_layer("gluon", chain)
 
 
+@names_counterparts
 def drop_gluon(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dropmuon_jax._checks import check_choice, check_floating, describe
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.orthogonalize.batches import to_unit_entries
 from dropmuon_jax.orthogonalize.polynomials import (
     Coefficients,
@@ -36,6 +37,7 @@ TF32, BFLOAT16 = 2.0**-11, 2.0**-8
 _SYMMETRIC_FROM = 768
 
 
+@names_counterparts
 def newton_schulz(
     coefficients: Coefficients = "polar_express",
     *,

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.states import checked_transformation, state_like
 from dropmuon_jax.layers.trees import is_static, resolve_whole_mask, where_active
@@ -50,6 +51,7 @@ class AccumulatedState(NamedTuple):
     """The sums of their gradients at the previous parameters; empty without variance reduction."""
 
 
+@names_counterparts
 def accumulate(
     optimizer: optax.GradientTransformation,
     sampler: DepthSampler,

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from dropmuon_jax._checks import describe, static_int
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.matrices import part_shapes, sum_of_each
 from dropmuon_jax.norms.named import spectral_norm
@@ -35,6 +36,7 @@ class RadiusState(NamedTuple):
     """The number of all steps, those in which a leaf was inactive included."""
 
 
+@names_counterparts
 def newton_schulz_lmo(
     radius: Radius = 1.0,
     *,
@@ -138,6 +140,7 @@ def newton_schulz_lmo(
     return _steepest(norm, radius, dimension_numbers, memory_limit)
 
 
+@names_counterparts
 def norm_lmo(
     norm: Norm,
     radius: Radius = 1.0,
@@ -181,6 +184,7 @@ def norm_lmo(
     return _steepest(norm, radius, dimension_numbers, memory_limit)
 
 
+@names_counterparts
 def norm_sharp(
     norm: Norm,
     step_size: Radius = 1.0,

@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from dropmuon_jax._checks import check_parameters, check_transformation, did_you_mean
+from dropmuon_jax._checks import (
+    check_parameters,
+    check_transformation,
+    describe,
+    did_you_mean,
+)
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.prefixes import fitted_prefix
 from dropmuon_jax.layers.states import StateCheck, checked_transformation
 from dropmuon_jax.layers.trees import (
     is_static,
-    leaf_paths,
     resolve_mask,
     restructure_like,
     where_active,
@@ -63,6 +69,7 @@ def masked_transformation(
     return optax.GradientTransformationExtraArgs(check.init, update_fn)
 
 
+@names_counterparts
 def chain_subtrees(
     transforms: Mapping[str, optax.GradientTransformation],
     labels: Any | Callable[[Any], Any],
@@ -75,15 +82,16 @@ def chain_subtrees(
 
     Args:
         transforms: From label to transformation; `optax.chain` makes one out of several.
-        labels: A tree of labels with the structure of the parameters, or a prefix of it, or a
-            function that makes one from the parameters, such as :func:`matrix_labels`.
+        labels: A tree of labels with the leaves of the parameters, or a prefix of it, or a
+            function that makes one from the parameters, such as :func:`matrix_labels`. Containers
+            may be others, such as plain dicts for a state of NNX.
 
     Returns:
         A transformation with the state of `optax.partition`. Extra arguments are passed on.
 
     Raises:
         ValueError: At construction without transforms; at `init` for a leaf whose label is not in
-            `transforms`, naming its path.
+            `transforms`, naming its path, and for labels of other leaves.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -102,21 +110,19 @@ def chain_subtrees(
     for label, transformation in transforms.items():
         check_transformation(f"transforms[{label!r}]", transformation)
     by_label: dict[Hashable, optax.GradientTransformation] = dict(transforms.items())
-    labels = remembered_labels(labels) if callable(labels) else labels
-    partition = optax.partition(by_label, labels, mask_compatible_extra_args=True)
+
+    def check_label(path: str, label: Any) -> None:
+        if not isinstance(label, Hashable) or label not in transforms:
+            raise ValueError(
+                f"Leaf '{path}' has the label {describe(label)}, and transforms has only "
+                f"{sorted(map(str, transforms))}.{did_you_mean(label, map(str, transforms))}"
+            )
+
+    labels_of = fitted_prefix("labels", labels, check_label)
+    partition = optax.partition(by_label, labels_of, mask_compatible_extra_args=True)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         check_parameters(params)
-        tree = labels(params) if callable(labels) else labels
-        paths = leaf_paths(params)
-        # Without leaves, params is the placeholder of optax.tree.map_params.
-        leaf_labels = jax.tree.leaves(jax.tree.broadcast(tree, params)) if paths else []
-        for path, label in zip(paths, leaf_labels, strict=True):
-            if label not in transforms:
-                raise ValueError(
-                    f"Leaf '{path}' has the label {label!r}, and transforms has only "
-                    f"{sorted(map(str, transforms))}.{did_you_mean(label, map(str, transforms))}"
-                )
         return partition.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -125,20 +131,6 @@ def chain_subtrees(
         return partition.update(updates, state, params, **extra_args)
 
     return checked_transformation(init_fn, update_fn)
-
-
-def remembered_labels(labels: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Labels are made once for trees of one structure and shapes: Optax asks in every update."""
-    known: dict[Any, Any] = {}
-
-    def remembered(tree: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(tree)
-        key = treedef, tuple(map(jnp.shape, leaves))
-        if key not in known:
-            known[key] = labels(tree)
-        return known[key]
-
-    return remembered
 
 
 def with_second_gradient(extra_args: dict[str, Any], updates: Any) -> dict[str, Any]:
@@ -178,6 +170,7 @@ class LayerMaskSampler(optax.GradientTransformationExtraArgs):
         return self.draws.sample(count, opt_state)
 
 
+@names_counterparts
 def layer_mask_sampler(
     layers: Layers,
     depth_distribution: LayerDistribution | AdaptiveDistribution,
@@ -260,7 +253,8 @@ def required_mask(
             resolve_mask(None, updates, extra_args)  # an error if it was lost on the way
         raise TypeError(
             "update() is missing the keyword argument 'layer_mask'. Pass the mask that the "
-            f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}."
+            f"gradients were taken with, layer_mask=layers.mask(depth){otherwise}. If you did, a "
+            "wrapper has kept it, as Flax's TrainState does: call tx.update yourself."
         )
     layer_mask = resolve_mask(layer_mask, updates, extra_args, takes_rows=bool(layers.stacks))
     if layers.stacks or not all(map(is_static, jax.tree.leaves(layer_mask))):

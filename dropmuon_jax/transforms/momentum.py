@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_floating, check_nonnegative, check_positive
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.trees import advance_active, map_active
 from dropmuon_jax.orthogonalize.batches import to_unit_entries
 from dropmuon_jax.schedules import check_decay_or_schedule
@@ -27,6 +28,7 @@ class MomentumState(NamedTuple):
     """The number of all steps, for a schedule of the decay."""
 
 
+@names_counterparts
 def momentum(
     decay: float | jax.Array | optax.Schedule = 0.9, *, nesterov: bool = False, dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -113,6 +115,7 @@ class MarsMomentumState(NamedTuple):
     """The number of all steps, for a schedule of the decay."""
 
 
+@names_counterparts
 def mars_momentum(
     decay: float | jax.Array | optax.Schedule = 0.95,
     *,
@@ -167,6 +170,12 @@ def mars_momentum(
         gradient before the first, which makes the first C longer by 1 + γ decay / (1 - decay).
     """
     check_decay_or_schedule("decay", decay)
+    for name, value in (("gamma", gamma), ("max_norm", max_norm)):
+        if callable(value):
+            raise TypeError(
+                f"{name} must be a number or a scalar array, got a schedule. Give it through "
+                f"optax.inject_hyperparams(dm.transforms.mars_momentum)({name}=schedule)."
+            )
     check_nonnegative("gamma", gamma)
     if max_norm is not None:
         check_positive("max_norm", max_norm)

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array
 
 from dropmuon_jax._checks import check_choice, check_floating, static_int
+from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.trees import restructure_like
 from dropmuon_jax.schedules import check_decay_or_schedule, check_q_or_schedule
 from dropmuon_jax.transforms.masked import masked_transformation
@@ -36,6 +37,7 @@ class MVRMomentumState(NamedTuple):
     """X of the previous step, which :func:`prev_params` reads, and the count of all steps."""
 
 
+@names_counterparts
 def mvr_momentum(
     decay: float | jax.Array | optax.Schedule = 0.9,
     *,

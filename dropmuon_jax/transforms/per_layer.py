@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool
 
 from dropmuon_jax._checks import check_transformation
 from dropmuon_jax.layers.layers import Layers, check_layers
+from dropmuon_jax.layers.prefixes import remembered_labels
 from dropmuon_jax.layers.rows import (
     RowAxes,
     StackedLeaves,
@@ -26,11 +27,7 @@ from dropmuon_jax.layers.rows import (
 from dropmuon_jax.layers.states import state_like
 from dropmuon_jax.layers.trees import inside_update, is_static, leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import execution
-from dropmuon_jax.transforms.masked import (
-    masked_transformation,
-    remembered_labels,
-    with_second_gradient,
-)
+from dropmuon_jax.transforms.masked import masked_transformation, with_second_gradient
 
 Rows = Bool[np.ndarray, " layers"] | Bool[Array, " *layers"]
 Result = tuple[Any, Any]  # updates and state
