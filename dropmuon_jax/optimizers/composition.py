@@ -36,6 +36,7 @@ from dropmuon_jax.schedules import (
 )
 from dropmuon_jax.transforms.lmo import norm_lmo
 from dropmuon_jax.transforms.masked import chain_subtrees, freeze, required_mask
+from dropmuon_jax.transforms.momentum import frozen_momentum
 from dropmuon_jax.transforms.momentum import momentum as momentum_of
 from dropmuon_jax.transforms.per_layer import per_layer
 from dropmuon_jax.transforms.prev_params import keep_prev_params, keeps_prev_params
@@ -104,13 +105,13 @@ def active_layers(
     return checked_transformation(init_fn, update_fn)
 
 
-def as_momentum(momentum: Any) -> optax.GradientTransformation:
+def as_momentum(momentum: Any, layers: Layers | None) -> optax.GradientTransformation:
     """A momentum that was given as a transformation, or as the number that is its decay."""
     # A number, or a schedule of it.
     if any((np.isscalar(momentum), isinstance(momentum, jax.Array), callable(momentum))):
         return momentum_of(momentum)
     check_transformation("momentum", momentum)
-    return momentum
+    return momentum if layers is None else frozen_momentum(momentum, layers)
 
 
 def row_by_row(
@@ -186,7 +187,7 @@ def role_subtrees(
             f"norms names the role {role!r}, and radii is for {sorted(radii)}."
             f"{did_you_mean(role, radii)}"
         )
-    momentum = as_momentum(momentum)
+    momentum = as_momentum(momentum, layers)
 
     def labels(params: optax.Params) -> Any:
         rows = rows_of(params, layers)

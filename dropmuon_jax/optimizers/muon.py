@@ -95,7 +95,8 @@ def drop_muon(
         learning_rate: The radius γ of a step, or a schedule of it over all steps.
         layers: The layers, over the whole parameters.
         momentum: The decay of the momentum of the matrices, a number or a schedule; or a
-            transformation such as :func:`momentum` or :func:`mvr_momentum`.
+            transformation such as :func:`momentum` or :func:`mvr_momentum`. One that knows no
+            masks, such as `optax.trace`, is frozen in inactive layers.
         orthogonalize: What gives UVᵀ, by default :func:`newton_schulz` with five steps of Polar
             Express.
         shape_factor: How the radius grows with the shape of a matrix; a row of the table in
@@ -223,7 +224,7 @@ def _muon_chain(
     layers: Layers | None,
 ) -> optax.GradientTransformation:
     """The matrices' momentum, LMO and decay, and everything else's auxiliary, times their rates."""
-    momentum = as_momentum(momentum)
+    momentum = as_momentum(momentum, layers)
     orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
     auxiliary = optax.scale_by_adam() if auxiliary is None else auxiliary
     if auxiliary_learning_rate is None:
