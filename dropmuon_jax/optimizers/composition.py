@@ -35,7 +35,7 @@ from dropmuon_jax.schedules import (
     star_convex_rate,
 )
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, freeze, required_mask
+from dropmuon_jax.transforms.masked import chain_subtrees, freeze, promoting, required_mask
 from dropmuon_jax.transforms.momentum import frozen_momentum
 from dropmuon_jax.transforms.momentum import momentum as momentum_of
 from dropmuon_jax.transforms.per_layer import per_layer
@@ -111,7 +111,7 @@ def as_momentum(momentum: Any, layers: Layers | None) -> optax.GradientTransform
     if any((np.isscalar(momentum), isinstance(momentum, jax.Array), callable(momentum))):
         return momentum_of(momentum)
     check_transformation("momentum", momentum)
-    return momentum if layers is None else frozen_momentum(momentum, layers)
+    return frozen_momentum(momentum, layers)
 
 
 def row_by_row(
@@ -209,7 +209,7 @@ def role_subtrees(
     chain = optax.chain(
         chain_subtrees({role: of_role(role) for role in radii}, labels),
         *([optax.add_decayed_weights(1.0)] if constrained else []),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
     def update_fn(updates, state, params=None, **extra_args):

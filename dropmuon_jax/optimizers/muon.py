@@ -30,7 +30,7 @@ from dropmuon_jax.optimizers.composition import (
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, remembered_labels
+from dropmuon_jax.transforms.masked import chain_subtrees, promoting, remembered_labels
 from dropmuon_jax.transforms.per_layer import per_layer
 
 # What other Muons call it, and what says the same here.
@@ -252,7 +252,7 @@ def _muon_chain(
         spectral_norm(shape_factor, orthogonalize=orthogonalize),
         dimension_numbers=dimension_numbers,
     )
-    frozen = auxiliary if layers is None else per_layer(auxiliary, layers)
+    frozen = promoting(auxiliary) if layers is None else per_layer(auxiliary, layers)
     directions = {"matrix": row_by_row(optax.chain(momentum, lmo), layers), "other": frozen}
     links: list[optax.GradientTransformation] = [
         with_prev_params(chain_subtrees(directions, labels), labels, layers)
@@ -260,12 +260,13 @@ def _muon_chain(
     if not (is_python_number(weight_decay) and weight_decay == 0):
         links.append(optax.add_decayed_weights(weight_decay, decays))
     if auxiliary_learning_rate is learning_rate:
-        links.append(optax.scale_by_learning_rate(learning_rate))
+        links.append(promoting(optax.scale_by_learning_rate(learning_rate)))
     else:
         rates = {"matrix": learning_rate, "other": auxiliary_learning_rate}
         links.append(
             chain_subtrees(
-                {label: optax.scale_by_learning_rate(rate) for label, rate in rates.items()}, labels
+                {of: promoting(optax.scale_by_learning_rate(rate)) for of, rate in rates.items()},
+                labels,
             )
         )
     return optax.chain(*links)

@@ -174,7 +174,8 @@ def record_gains(
         optimistic = jnp.where(num_active_steps > 0, gains, jnp.max(gains))
         drawn_by: DrawnBy = state.drawn_by
         plan = jnp.asarray(distribution.plan_with(optimistic, drawn_by.layer_costs), jnp.float32)
-        flag = np.array([0] * 7 + [1], np.uint32) * drawn_by.differs(sampler.drawn_by)
+        is_other = jnp.asarray(drawn_by.differs(sampler.drawn_by), jnp.uint32)
+        flag = np.array([0] * 7 + [1], np.uint32) * is_other
         return updates, LayerGainsState(
             inner_state,
             count,

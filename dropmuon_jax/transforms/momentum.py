@@ -16,7 +16,7 @@ from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.trees import advance_active, inside_update, leaf_keys, map_active
 from dropmuon_jax.orthogonalize.batches import to_unit_entries
 from dropmuon_jax.schedules import check_decay_or_schedule
-from dropmuon_jax.transforms.masked import masked_transformation
+from dropmuon_jax.transforms.masked import masked_transformation, promoting
 from dropmuon_jax.transforms.per_layer import per_layer
 
 
@@ -212,7 +212,7 @@ def mars_momentum(
 
 
 def frozen_momentum(
-    inner: optax.GradientTransformation, layers: Layers
+    inner: optax.GradientTransformation, layers: Layers | None
 ) -> optax.GradientTransformation:
     """A momentum that may not look at the mask, such as Optax's, frozen in inactive layers.
 
@@ -220,7 +220,9 @@ def frozen_momentum(
     the state that belong to inactive ones stay as they are; what they count, they count.
     """
     takes_mask = isinstance(inner, optax.GradientTransformationExtraArgs)
-    tx = optax.with_extra_args_support(inner)
+    tx = inner if takes_mask else promoting(inner)
+    if layers is None:
+        return tx
 
     def update_fn(updates, state, params=None, *, layer_mask=None, **extra_args):
         flags = dict(zip(leaf_keys(updates), jax.tree.leaves(layer_mask), strict=True))
