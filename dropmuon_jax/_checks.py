@@ -159,10 +159,10 @@ def check_extra_args(extra_args: Mapping[str, Any]) -> None:
     """Error for an extra argument of `update` whose name is a slip for `layer_mask`.
 
     Optax hands every extra argument to every link of a chain, so other unknown names are let
-    through; `layer_masks=` would silently mean "all layers active".
+    through, `layers=` too; `layer_masks=` would silently mean "all layers active".
     """
     for name in extra_args:
-        if difflib.get_close_matches(name.lower(), ("layer_mask",), n=1, cutoff=0.75):
+        if difflib.get_close_matches(name.lower(), ("layer_mask",), n=1, cutoff=0.8):
             raise TypeError(
                 f"update() got an unknown extra argument {name!r}. Did you mean 'layer_mask'?"
             )

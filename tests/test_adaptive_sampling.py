@@ -1,17 +1,19 @@
 """Samplers that follow the run: what they record, how they plan, what the host reads."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import dropmuon_jax as dm
 from dropmuon_jax.sampling import LayerGainsState, PlanReader
 from dropmuon_jax.sampling.adaptive import minimise_waiting
-from dropmuon_jax.sampling.record import Reading
+from dropmuon_jax.sampling.reading import Reading
 
 COSTS = [1.0, 0.5, 0.1]
 UNIFORM = dm.uniform_depth()
@@ -28,9 +30,14 @@ PARAMS = random_tree(0)
 LAYERS = dm.layers_by_path(PARAMS, NAMES)
 
 
-def make_sampler(*, steps_per_plan=4, steps_per_draw=1):
-    distribution = dm.time_aware_depth(COSTS, steps_per_plan=steps_per_plan)
-    return dm.DepthSampler(LAYERS, distribution, seed=0, steps_per_draw=steps_per_draw)
+def make_sampler(
+    costs=COSTS, *, steps_per_plan=4, steps_per_draw=1, seed=0, layers=LAYERS, **options
+):
+    distribution = dm.time_aware_depth(costs, steps_per_plan=steps_per_plan, **options)
+    return dm.DepthSampler(layers, distribution, seed=seed, steps_per_draw=steps_per_draw)
+
+
+SAMPLER = make_sampler()
 
 
 def drop_muon(learning_rate=0.05, layers=LAYERS):
@@ -96,7 +103,7 @@ def test_rows_of_a_stack_gain_like_layers_of_their_own():
         for depth, grad in zip((0, 2, 1, 0), grads, strict=True):
             mask = layers.mask(jnp.int32(depth) if layers.stacks else depth)
             _, state = tx.update(as_tree(grad), state, params, layer_mask=mask)
-        return state[1:]
+        return state[1:-1]
 
     of_stack = run([dm.stacked("blocks")], lambda rows: {"blocks": rows})
     of_layers = run(list("abc"), lambda rows: dict(zip("abc", rows, strict=True)))
@@ -199,7 +206,8 @@ def test_plans_follow_gains_in_proportion_to_costs_down_to_a_floor():
 
 
 def test_in_a_run_reader_sampler_and_device_draw_alike_and_begin_with_uniform_depths():
-    sampler, tx = make_sampler(steps_per_draw=2), make_tx()
+    sampler = make_sampler(steps_per_draw=2)
+    tx = make_tx(sampler)
     reader, sample, step = PlanReader(sampler), jax.jit(sampler.sample), step_of(tx, donate="state")
     params, state, depths = PARAMS, tx.init(PARAMS), []
     for count in range(32):
@@ -221,8 +229,9 @@ def states_of(seed, num_steps=48):
     random = np.random.default_rng(seed).dirichlet(np.ones(3), num_steps)
     plans, nothing = [*np.full((2, 3), 1 / 3), *random], np.zeros(3, np.float32)
     return [
-        LayerGainsState((), np.int32(k), nothing, nothing, *np.float32(plans[k // 4 : k // 4 + 2]))
+        LayerGainsState((), np.int32(k), nothing, nothing, *np.float32(pair), SAMPLER.drawn_by)
         for k in range(num_steps)
+        for pair in [plans[k // 4 : k // 4 + 2]]
     ]
 
 
@@ -319,6 +328,151 @@ def test_a_sampler_may_be_made_while_a_step_is_traced():
     assert chosen == make_sampler().depth(9, state)
 
 
+# --- What draws depend on is in the state ---------------------------------------------------------
+
+
+def descent(gains):
+    """A plan of one's own, which takes no costs."""
+    return jax.nn.softmax(-gains)
+
+
+PAIRS = dm.sampling.AdaptiveDistribution(dm.sampling.fixed_size_subsets(2).subsets, descent, 4)
+RULES = {
+    "time-aware": lambda costs: dm.time_aware_depth(costs, steps_per_plan=4),
+    "pairs": lambda costs: PAIRS,
+}
+
+
+def sampler_of(rule, costs=COSTS, seed=0):
+    return dm.DepthSampler(LAYERS, rule(costs), seed=seed, steps_per_draw=2)
+
+
+def loss_fn(params, grads):
+    return sum(jnp.vdot(params[name], grads[name]) for name in NAMES)
+
+
+def drive(kind, sampler, steps, params, state):
+    """Draws of some steps by a script that has just started, and what it ends with."""
+    tx, drawn = dm.record_gains(drop_muon(), sampler), []
+    step_fn = dm.train_step(loss_fn, tx, sampler, donate=False)
+    draws, sample = PlanReader(sampler) if kind == "reader" else sampler, jax.jit(sampler.sample)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def step_of_own(params, state, grads, active):
+        updates, state = tx.update(grads, state, params, layer_mask=LAYERS.subset(active))
+        return optax.apply_updates(params, updates), state
+
+    for step in steps:
+        grads = random_tree(step)
+        if kind == "device":
+            drawn.append(tuple(sampler.subsets[int(sample(step, state))].tolist()))
+        else:
+            drawn.append(draws.active(step, state))
+        if kind == "train_step":
+            params, state, _ = step_fn(step, params, state, grads)
+        else:
+            params, state = step_of_own(params, state, grads, drawn[-1])
+    return drawn, params, state
+
+
+@functools.cache
+def whole_run(rule):
+    sampler = sampler_of(RULES[rule])
+    return drive(
+        "host", sampler, range(22), PARAMS, dm.record_gains(drop_muon(), sampler).init(PARAMS)
+    )[0]
+
+
+# In the middle of a period, at its end and at its beginning.
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("kind", "stop"), [("host", 5), ("reader", 13), ("train_step", 11), ("device", 8)]
+)
+def test_a_run_that_is_started_again_draws_on_whatever_costs_are_measured_then(
+    kind, stop, rule, tmp_path
+):
+    sampler, others = sampler_of(RULES[rule]), sampler_of(RULES[rule], [1.0, 0.1, 0.05])
+    target = PARAMS, dm.record_gains(drop_muon(), sampler).init(PARAMS)
+    _, *carried = drive("host", sampler, range(stop), *target)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", tuple(carried))
+        checkpointer.wait_until_finished()
+        carried = checkpointer.restore(tmp_path / "saved", target)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        drawn, *_ = drive(kind, others, range(stop, 22), *carried)
+    assert drawn == whole_run(rule)[stop:]
+    is_told = rule == "time-aware" and kind != "device"
+    assert ["layer costs" in str(of.message) for of in told] == [True] * is_told
+
+
+def test_a_run_that_begins_with_other_costs_draws_otherwise():
+    sampler = sampler_of(RULES["time-aware"], [1.0, 0.1, 0.05])
+    state = dm.record_gains(drop_muon(), sampler).init(PARAMS)
+    assert drive("host", sampler, range(22), PARAMS, state)[0] != whole_run("time-aware")
+
+
+OTHERS = {
+    "seed is 0, not 1": lambda: make_sampler(seed=1),
+    "seed is 0, not 4294967296": lambda: make_sampler(seed=2**32),
+    "steps_per_draw is 1, not 2": lambda: make_sampler(steps_per_draw=2),
+    "steps_per_plan is 4, not 8": lambda: make_sampler(steps_per_plan=8),
+    "decay is 0.9, not 0.5": lambda: make_sampler(decay=0.5),
+    "order of layers is": lambda: make_sampler(layers=dm.layers_by_path(PARAMS, NAMES[::-1])),
+    r"plan \(its rate": lambda: make_sampler(rate=0.6),
+    r"plan \(its rate,": lambda: make_sampler(floor=0.06),
+    "set of subsets": lambda: dm.DepthSampler(LAYERS, PAIRS, seed=0),
+}
+
+
+@pytest.mark.parametrize("match", OTHERS)
+def test_a_state_of_another_sampler_is_refused_wherever_draws_are_known(match):
+    other, state = OTHERS[match](), make_tx().init(PARAMS)
+    tx = dm.record_gains(drop_muon(layers=other.layers), other)
+    step_fn = dm.train_step(loss_fn, tx, other, donate=False)
+    for call in (
+        lambda: other.active(0, state),
+        lambda: PlanReader(other).active(0, state),
+        lambda: other.sample(0, state),
+        lambda: other.inclusion_probabilities(0, state),
+        lambda: other.check_processes(0, state),
+        lambda: step_fn(0, PARAMS, state, PARAMS),
+        lambda: dm.check_state(tx, PARAMS, state),
+    ):
+        with pytest.raises(ValueError, match=rf"not of this sampler: its {match}.*To go on with"):
+            call()
+    # The way out, and a recorder that is not the sampler's, which the next draw finds out.
+    taken = optax.tree.set(state, drawn_by=optax.tree.get(tx.init(PARAMS), "drawn_by"))
+    assert other.active(0, taken)
+    _, mixed = tx.update(PARAMS, state, PARAMS, layer_mask=LAYERS.mask(0))
+    with pytest.raises(ValueError, match="record is of two different samplers, not of one"):
+        SAMPLER.depth(1, mixed)
+
+
+def test_other_costs_are_told_once_and_taken_by_the_way_out_of_the_warning():
+    state, other = make_tx().init(PARAMS), make_sampler([1.0, 0.1, 0.05])
+    tx, one_unit = make_tx(other), make_sampler(7 * np.float32(COSTS))
+    one_unit.depth(0, state)  # only ratios count
+    with pytest.warns(UserWarning, match=r"to take them, opt_state = optax\.tree\.set"):
+        other.depth(0, state)
+    other.depth(0, state)
+    with pytest.warns(UserWarning, match=r"\[0\.5, 0\.4, 0\.1\].*\[0\.9, 0\.05, 0\.05\]"):
+        dm.check_state(tx, PARAMS, state)
+    opt_state = optax.tree.set(state, layer_costs=optax.tree.get(tx.init(PARAMS), "layer_costs"))
+    make_sampler([1.0, 0.1, 0.05]).depth(0, opt_state)
+    dm.check_state(tx, PARAMS, opt_state)
+
+
+def test_a_record_with_a_hole_is_refused_and_can_be_filled():
+    opt_state = make_tx().init(PARAMS)
+    old = opt_state._replace(drawn_by=None)
+    with pytest.raises(ValueError, match=r"drawn_by, .*_replace\(drawn_by=tx\.init\(params\)"):
+        SAMPLER.depth(0, old)
+    with pytest.raises(ValueError, match=r"opt_state\.drawn_by"):
+        make_tx().update(PARAMS, old, PARAMS)
+    assert old._replace(drawn_by=make_tx().init(PARAMS).drawn_by).drawn_by is not None
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 _STEPS = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=3)
@@ -362,7 +516,7 @@ def test_a_state_that_cannot_be_drawn_by_is_refused(call, match):
         (lambda: make_sampler(steps_per_draw=3), "must divide the distribution's"),
         (
             lambda: dm.DepthSampler(LAYERS, dm.time_aware_depth([1.0, 0.5]), seed=0),
-            "depth_costs are 2, and there are 3 layers",
+            "costs are 2, and there are 3 layers",
         ),
     ],
 )

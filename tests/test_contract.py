@@ -447,6 +447,7 @@ def test_injected_hyperparameters_work_for_bfloat16_parameters(name):
 NO_PARAMETERS = (
     *(".last_step", ".started"),
     *(".gains", ".num_active_steps", ".probabilities", ".next_probabilities"),
+    *(".layer_costs", ".settings", ".plans"),
 )
 
 
@@ -500,7 +501,12 @@ def test_extra_arguments_of_other_links_pass_also_one_called_mask(case):
     tx, params, state = warm(case)
     chained, grads = optax.chain(tx, link_with_an_argument_called_mask()), case.tree(3)
     keep = jax.tree.map(lambda leaf: jnp.asarray(leaf > 0, leaf.dtype), case.tree(5))
-    extra_args = case.mask(ALL) | {"mask": keep, "value": jnp.array(1.0), "grad": grads}
+    extra_args = case.mask(ALL) | {
+        "mask": keep,
+        "value": jnp.array(1.0),
+        "grad": grads,
+        "layers": 3,
+    }
     updates, _ = chained.update(grads, (state, optax.EmptyState()), params, **extra_args)
     assert_same_bits(updates, jax.tree.map(jnp.multiply, keep, step_of(case, ALL)[0]))
 

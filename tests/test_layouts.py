@@ -70,6 +70,14 @@ def shapes(**sizes: tuple[int, tuple[int, int]]) -> dict[str, jax.ShapeDtypeStru
     }
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("axes", MESHES)
+def test_an_empty_matrix_costs_nothing_in_any_layout(axes, shape):
+    plan = planned(shapes(w=(1, shape)), AbstractMesh(tuple(axes.values()), tuple(axes)))
+    assert (plan.flops, plan.bytes_received) == (0, 0)
+    assert set(plan.slowdowns.values()) == {1.0}
+
+
 def test_whole_matrices_are_owned_where_there_are_enough():
     plan = planned(shapes(w=(48, (1024, 1024))), AbstractMesh((8,), ("fsdp",)))
     assert (plan.layout, plan.owner_axes, plan.matrices_held) == ("owner", ("fsdp",), 6)

@@ -104,6 +104,45 @@ def test_inside_per_layer_an_inactive_layer_is_frozen_whatever_the_wrapper_loses
         np.testing.assert_array_equal(old, new)
 
 
+# Ten times our own momentum of decay 0.9, or less in the first steps: the same to an LMO.
+OF_OPTAX = {
+    "trace": optax.trace(0.9),
+    "ema": optax.ema(0.9),
+    "chain": optax.chain(optax.scale(3.0), optax.trace(0.9)),
+    "injected": optax.inject_hyperparams(optax.trace)(decay=0.9),
+    "supported": optax.with_extra_args_support(optax.trace(0.9)),
+    "behind ours": optax.chain(optax.trace(0.9), dm.momentum(0.0)),
+}
+OPTIMIZERS = {
+    "drop_muon": lambda layers, m: dm.drop_muon(0.1, layers, momentum=m),
+    "drop_scion": lambda layers, m: dm.drop_scion(0.1, layers, RADII, momentum=m),
+    "drop_gluon": lambda layers, m: dm.drop_gluon(0.1, layers, RADII, momentum=m),
+}
+STACK = {"blocks": jnp.stack([PARAMS["stem"], PARAMS["mid"]]), "head": PARAMS["head"]}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(o, marks=[pytest.mark.deep] * (o == "drop_gluon")) for o in OPTIMIZERS],
+)
+@pytest.mark.parametrize("name", OF_OPTAX)
+@pytest.mark.parametrize("is_stacked", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_a_momentum_that_knows_no_masks_is_frozen_and_steps_as_ours_does(
+    optimizer, name, is_stacked
+):
+    params = STACK if is_stacked else PARAMS
+    layers = dm.layers_by_path(params, [dm.stacked("blocks"), "head"]) if is_stacked else LAYERS
+    theirs, ours = (OPTIMIZERS[optimizer](layers, m) for m in (OF_OPTAX[name], 0.9))
+    dm.check_optimizer(theirs, params, layers)
+    of_theirs, of_ours = (jax.jit(tx.update, static_argnames="depth") for tx in (theirs, ours))
+    state, expected_state = theirs.init(params), ours.init(params)
+    for step, depth in enumerate((1, 2, 0, 1, 0)):
+        grads = jax.tree.map(lambda p, step=step: jnp.cos(p + step), params)
+        updates, state = of_theirs(grads, state, params, depth=depth)
+        expected, expected_state = of_ours(grads, expected_state, params, depth=depth)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), updates, expected)
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_a_wrapper_that_takes_extra_arguments_hands_the_mask_on(around):
     steps = optax.MultiSteps(PARTS["momentum"], 1)

@@ -271,5 +271,7 @@ def test_arrays_and_traced_keys_are_seeds_for_the_device_and_differ():
     assert len({tuple(row) for row in of_seeds + of_keys}) == 6
     assert of_seeds[0] == device_draws("uniform")[:50].tolist()
     assert of_keys[1] == draw("uniform", range(50), seed=keys[1])
-    with pytest.raises(TypeError, match=r"seed is an array.*sampler\.sample"):
-        make_sampler("uniform", jnp.int32(3)).depth(0)
+    with pytest.raises(TypeError, match=r"seed is traced.*sampler\.sample"):
+        jax.vmap(lambda seed: make_sampler("uniform", seed).depth(0))(seeds)
+    for dtype in (jnp.int32, jnp.uint8, np.int64):
+        assert make_sampler("uniform", dtype(3)) == make_sampler("uniform", 3)

@@ -19,7 +19,7 @@ from dropmuon_jax.backprop.carried import as_returned
 from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
 from dropmuon_jax.backprop.traced_depth import check_sampler
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
-from dropmuon_jax.sampling.record import PlanReader
+from dropmuon_jax.sampling.reading import PlanReader
 from dropmuon_jax.sampling.sampler import DepthSampler
 from dropmuon_jax.transforms.accumulation import check_accumulation, check_call
 

@@ -30,16 +30,7 @@ _KINDS = (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
 def checked_transformation(
     init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that runs others, in whose updates a mask that it is given is in force.
-
-    Args:
-        init: From the parameters to the state.
-        update: The update, which is called with a state that fits and with a valid layer mask, if
-            there is one.
-
-    Returns:
-        The transformation. Its state keeps its types, whatever the parts make of them.
-    """
+    """A transformation that runs others, with a mask in force, on states that keep their types."""
 
     def init_fn(params: optax.Params) -> optax.OptState:
         # Arrays of a weak type would become strong ones in the first update, and compile it twice.
@@ -128,12 +119,12 @@ def check_state(
     Raises:
         TypeError: For an `optimizer` that is no transformation, or parameters that are no arrays of
             floating-point numbers.
-        ValueError: If the state does not fit, naming field and leaf, and what may have changed; or
-            if it has a negative count.
+        ValueError: If the state does not fit, naming field and leaf, and what may have changed; if
+            it has a negative count; or if :func:`record_gains` was called with another sampler.
 
     Warns:
-        UserWarning: If the state has other floating-point dtypes than `init` would give it. They
-            are used, and kept.
+        UserWarning: If the state has other floating-point dtypes than `init` would give it, or
+            plans by other costs. They are used, and kept.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dropmuon_jax as dm
@@ -150,8 +141,8 @@ def check_state(
     """
     check_transformation("optimizer", optimizer)
     check_parameters(params)
-    refuse_unfit(state, optimizer.init, params)
-    expected = jax.eval_shape(optimizer.init, params)
+    expected = refuse_unfit(state, optimizer.init, params)
+    _check_origin(state, optimizer.init, params)
     if layers is not None:
         check_layers(layers)
         _check_units(expected, params, layers)
@@ -171,12 +162,12 @@ def check_state(
         )
 
 
-def refuse_unfit(state: Any, init: Callable[[Any], Any], params: Any) -> None:
-    """Error unless a state has the containers, shapes and kinds of dtypes of `init(params)`."""
+def refuse_unfit(state: Any, init: Callable[[Any], Any], params: Any) -> Any:
+    """Error unless a state has the containers, shapes and kinds of dtypes of `init(params)`'s."""
     expected = jax.eval_shape(init, params)
     given, wanted = _entries(state), _entries(expected)
     if given == wanted and jax.tree.structure(state) == jax.tree.structure(expected):
-        return
+        return expected
     found = list(_differences(given, wanted))
     names = [f"{_name_of(path, params)} {words}; " for path, words in found[:3]]
     raise ValueError(
@@ -225,8 +216,7 @@ def _differences(
 
 def _cause(state: Any, expected: Any, found: list[tuple[KeyPath, str]]) -> str:
     """What has probably changed between the optimizer that made a state and this one."""
-    types = zip(_containers(state), _containers(expected), strict=False)
-    for given, wanted in types:
+    for given, wanted in zip(_containers(state), _containers(expected), strict=False):
         if given is not wanted:
             return (
                 f"it has {given.__name__} where {wanted.__name__} belongs, as of an optimizer with "
@@ -272,12 +262,25 @@ def _refuse_updates(updates: Any, params: Any) -> None:
                 "trained is left out of params too, by the same eqx.filter or eqx.partition."
             )
     restructure_like("updates", updates, params, reference_name="parameters")
-    if jax.tree.structure(updates) != jax.tree.structure(params):
-        given, wanted = (jax.tree.structure(tree) for tree in (updates, params))
+    given, wanted = map(jax.tree.structure, (updates, params))
+    if given != wanted:
         raise ValueError(
             f"The updates must have the containers of params, {wanted}, and have {given}: "
             "differentiate what was given to init, and give it to update."
         )
+
+
+def _check_origin(state: Any, init: Callable[[Any], Any], params: Any) -> None:
+    """Error if a state says itself that it is of another run than what `init` would make."""
+
+    def origins(tree: Any) -> list[Any]:
+        nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "refuse_other"))
+        return [node for node in nodes if hasattr(node, "refuse_other")]
+
+    if (given := origins(state)) and not isinstance(jax.tree.leaves(given)[0], Tracer):
+        own = jax.jit(lambda: origins(init(optax.tree.zeros_like(params))))()  # and nothing else
+        for one, other in zip(*jax.tree.map(np.asarray, (given, own)), strict=True):
+            one.refuse_other(other, [])
 
 
 def _check_units(expected: Any, params: Any, layers: Layers) -> None:

@@ -27,6 +27,7 @@ from dropmuon_jax.optimizers.composition import (
 )
 from dropmuon_jax.schedules import AdaptiveRadius, Radius, leaf_radii
 from dropmuon_jax.transforms.accumulation import calls_per_step
+from dropmuon_jax.transforms.masked import promoting
 
 _WARM_UP = 10  # steps in which a leaf should move, though its learning rate starts at 0
 
@@ -185,7 +186,7 @@ def check_optimizer(
     check_parameters(params)
     if layers is not None:
         check_layers(layers)
-    tx = optax.with_extra_args_support(optimizer)
+    tx = promoting(optimizer)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     random = [

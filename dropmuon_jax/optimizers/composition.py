@@ -35,8 +35,9 @@ from dropmuon_jax.schedules import (
     mvr_radius,
     star_convex_rate,
 )
+from dropmuon_jax.transforms.frozen_momentum import frozen_momentum
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees, freeze, required_mask
+from dropmuon_jax.transforms.masked import chain_subtrees, freeze, promoting, required_mask
 from dropmuon_jax.transforms.momentum import momentum as momentum_of
 from dropmuon_jax.transforms.per_layer import per_layer
 from dropmuon_jax.transforms.prev_params import keep_prev_params, keeps_prev_params
@@ -106,13 +107,13 @@ def active_layers(
     return checked_transformation(init_fn, update_fn)
 
 
-def as_momentum(momentum: Any) -> optax.GradientTransformation:
+def as_momentum(momentum: Any, layers: Layers | None) -> optax.GradientTransformation:
     """A momentum that was given as a transformation, or as the number that is its decay."""
     # A number, or a schedule of it.
     if any((np.isscalar(momentum), isinstance(momentum, jax.Array), callable(momentum))):
         return momentum_of(momentum)
     check_transformation("momentum", momentum)
-    return momentum
+    return frozen_momentum(momentum, layers)
 
 
 def row_by_row(
@@ -188,7 +189,7 @@ def role_subtrees(
             f"norms names the role {role!r}, and radii is for {sorted(radii)}."
             f"{did_you_mean(role, radii)}"
         )
-    momentum = as_momentum(momentum)
+    momentum = as_momentum(momentum, layers)
 
     def labels(params: optax.Params) -> Any:
         rows = rows_of(params, layers)
@@ -210,7 +211,7 @@ def role_subtrees(
     chain = optax.chain(
         chain_subtrees({role: of_role(role) for role in radii}, labels),
         *([optax.add_decayed_weights(1.0)] if constrained else []),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
     def update_fn(updates, state, params=None, **extra_args):

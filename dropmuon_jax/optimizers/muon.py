@@ -32,7 +32,7 @@ from dropmuon_jax.optimizers.composition import (
 from dropmuon_jax.orthogonalize.batches import Orthogonalize
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
 from dropmuon_jax.transforms.lmo import norm_lmo
-from dropmuon_jax.transforms.masked import chain_subtrees
+from dropmuon_jax.transforms.masked import chain_subtrees, promoting
 from dropmuon_jax.transforms.per_layer import per_layer
 
 
@@ -75,7 +75,8 @@ def drop_muon(
         learning_rate: The radius γ of a step, or a schedule of it over all steps.
         layers: The layers, over the whole parameters.
         momentum: The decay of the momentum of the matrices, a number or a schedule; or a
-            transformation such as :func:`momentum` or :func:`mvr_momentum`.
+            transformation such as :func:`momentum` or :func:`mvr_momentum`. One that knows no
+            masks, such as `optax.trace`, is frozen in inactive layers.
         orthogonalize: What gives UVᵀ, by default :func:`newton_schulz` with five steps of Polar
             Express.
         shape_factor: How the radius grows with the shape of a matrix; a row of the table in
@@ -204,7 +205,7 @@ def _muon_chain(
     layers: Layers | None,
 ) -> optax.GradientTransformation:
     """The matrices' momentum, LMO and decay, and everything else's auxiliary, times their rates."""
-    momentum = as_momentum(momentum)
+    momentum = as_momentum(momentum, layers)
     orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
     auxiliary = optax.scale_by_adam() if auxiliary is None else auxiliary
     if auxiliary_learning_rate is None:
@@ -232,7 +233,7 @@ def _muon_chain(
         spectral_norm(shape_factor, orthogonalize=orthogonalize),
         dimension_numbers=dimension_numbers,
     )
-    frozen = auxiliary if layers is None else per_layer(auxiliary, layers)
+    frozen = promoting(auxiliary) if layers is None else per_layer(auxiliary, layers)
     directions = {"matrix": row_by_row(optax.chain(momentum, lmo), layers), "other": frozen}
     links: list[optax.GradientTransformation] = [
         with_prev_params(chain_subtrees(directions, labels), labels, layers)
@@ -240,12 +241,13 @@ def _muon_chain(
     if not (is_python_number(weight_decay) and weight_decay == 0):
         links.append(optax.add_decayed_weights(weight_decay, decays))
     if auxiliary_learning_rate is learning_rate:
-        links.append(optax.scale_by_learning_rate(learning_rate))
+        links.append(promoting(optax.scale_by_learning_rate(learning_rate)))
     else:
         rates = {"matrix": learning_rate, "other": auxiliary_learning_rate}
         links.append(
             chain_subtrees(
-                {label: optax.scale_by_learning_rate(rate) for label, rate in rates.items()}, labels
+                {of: promoting(optax.scale_by_learning_rate(rate)) for of, rate in rates.items()},
+                labels,
             )
         )
     return optax.chain(*links)

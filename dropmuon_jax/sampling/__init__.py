@@ -1,10 +1,6 @@
 """Which layers a step updates: distributions, and the samplers that draw from them."""
 
-from dropmuon_jax.sampling.adaptive import (
-    AdaptiveDistribution,
-    LayerGainsState,
-    time_aware_depth,
-)
+from dropmuon_jax.sampling.adaptive import AdaptiveDistribution, time_aware_depth
 from dropmuon_jax.sampling.distributions import (
     LayerDistribution,
     depth_subsets,
@@ -15,12 +11,14 @@ from dropmuon_jax.sampling.distributions import (
     independent_layers,
     uniform_depth,
 )
-from dropmuon_jax.sampling.record import PlanReader, record_gains
+from dropmuon_jax.sampling.reading import PlanReader
+from dropmuon_jax.sampling.record import DrawnBy, LayerGainsState, record_gains
 from dropmuon_jax.sampling.sampler import DepthSampler
 
 __all__ = [
     "AdaptiveDistribution",
     "DepthSampler",
+    "DrawnBy",
     "LayerDistribution",
     "LayerGainsState",
     "PlanReader",

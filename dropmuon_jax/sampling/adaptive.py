@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_positive, static_int
 from dropmuon_jax.layers.layers import Layers
@@ -28,22 +27,25 @@ class AdaptiveDistribution:
     The plan is made on the device, inside `update`, from the gains of the layers that
     :func:`record_gains` records; it is a part of the optimizer state, a :class:`LayerGainsState`.
     So draws are a function of seed, step and state: the same on every host, and after a restart
-    from a checkpoint. A plan takes effect one period after it was made, so that the host may read
-    it a period ahead. In the first two periods every subset is as likely as any other.
+    from a checkpoint, whatever costs are measured then. A plan takes effect one period after it was
+    made, so that the host may read it a period ahead. In the first two periods every subset is as
+    likely as any other.
 
     Attributes:
         subsets: From the number of layers b to the subsets that can be drawn, NumPy booleans of
             shape (num_subsets, b), as in :class:`LayerDistribution`.
         plan: From the gains, a float32 array of shape (num_layers,), to the probability of each
             subset, of shape (num_subsets,); in `jax.numpy`. The gain of a layer is what the loss
-            falls to first order, −⟨gradient, update⟩, in a step in which the layer is active.
+            falls to first order, −⟨gradient, update⟩, in a step in which the layer is active. A
+            plan with an attribute `layer_costs`, one number for each layer, takes such costs as a
+            second argument: those of the script that began the run, which the state keeps.
         steps_per_plan: The length of a period.
         decay: Weight of the past in the moving average of a layer's gain, over the steps in which
             it is active.
     """
 
     subsets: Callable[[int], Bool[np.ndarray, "num_subsets num_layers"]]
-    plan: Callable[[Float[Array, " num_layers"]], Float[Array, " num_subsets"]]
+    plan: Callable[..., Float[Array, " num_subsets"]]
     steps_per_plan: int = 10
     decay: float = 0.9
 
@@ -52,23 +54,17 @@ class AdaptiveDistribution:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}.")
 
+    @property
+    def layer_costs(self) -> Float[np.ndarray, " num_layers"] | None:
+        """The costs that the plan was made with, float32; None for a plan that takes none."""
+        costs = getattr(self.plan, "layer_costs", None)
+        return None if costs is None else np.asarray(costs, np.float32)
 
-class LayerGainsState(NamedTuple):
-    """State of :func:`record_gains`."""
-
-    inner_state: optax.OptState
-    """The state of the transformation inside."""
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Number of steps taken, a scalar int32."""
-    gains: Float[Array, " num_layers"]
-    """First-order decrease of the loss, −⟨gradient, update⟩, of each layer in a step in which it is
-    active: an exponential moving average over these steps, in the loss's unit."""
-    num_active_steps: Int[Array, " num_layers"]
-    """Number of steps in each average."""
-    probabilities: Float[Array, " num_subsets"]
-    """The probability of each subset, in the period under way."""
-    next_probabilities: Float[Array, " num_subsets"]
-    """The same in the next period; known one period ahead, so that the host never waits for it."""
+    def plan_with(
+        self, gains: Float[Array, " num_layers"], layer_costs: Any
+    ) -> Float[Array, " num_subsets"]:
+        """The plan for given gains, and given costs if it takes any."""
+        return self.plan(gains) if self.layer_costs is None else self.plan(gains, layer_costs)
 
 
 def time_aware_depth(
@@ -100,7 +96,8 @@ def time_aware_depth(
     Args:
         depth_costs: What a step costs at each depth, shallow to deep, in any unit, as
             :func:`~dropmuon_jax.planning.depth_cost` measures; positive. Where they rise with
-            depth, as noise has it, the nearest in least squares that do not are taken.
+            depth, as noise has it, the nearest in least squares that do not are taken. A run that
+            is restarted goes on with those of its state, and warns of others.
         rate: ρ, the speed of convergence that is assumed: ½ for stochastic gradients, 1 for exact
             ones. A smaller one drops more.
         floor: The least probability with which a plan updates each layer, in [0, 1].
@@ -134,36 +131,24 @@ def time_aware_depth(
     check_positive("rate", rate)
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must lie in [0, 1], got {floor}.")
-    costs = tuple(not_rising(costs / costs[0]).tolist())
-    plan = _TimeAwarePlan(costs, float(rate), float(floor))
-    return AdaptiveDistribution(_AsManyDepths(len(costs)), plan, steps_per_plan, decay)
-
-
-@dataclasses.dataclass(frozen=True)
-class _AsManyDepths:
-    """The subsets of all depths, for a network of the right number of layers."""
-
-    num_costs: int
-
-    def __call__(self, num_layers: int) -> np.ndarray:
-        if num_layers != self.num_costs:
-            raise ValueError(
-                f"depth_costs are {self.num_costs}, and there are {num_layers} layers."
-            )
-        return depth_subsets(num_layers)
+    layer_costs = -np.diff(not_rising(costs / costs[0]), append=0.0)
+    plan = _TimeAwarePlan(tuple(layer_costs.tolist()), float(rate), float(floor))
+    return AdaptiveDistribution(depth_subsets, plan, steps_per_plan, decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class _TimeAwarePlan:
-    depth_costs: tuple[float, ...]
+    layer_costs: tuple[float, ...]  # what each layer adds; of the last one, what no depth avoids
     rate: float
     floor: float
 
-    def __call__(self, gains: Float[Array, " num_layers"]) -> Float[Array, " num_layers"]:
-        layer_costs = np.append(-np.diff(self.depth_costs), 0.0).astype(np.float32)
+    def __call__(
+        self, gains: Float[Array, " num_layers"], layer_costs: Any = None
+    ) -> Float[Array, " num_layers"]:
+        costs = jnp.asarray(self.layer_costs if layer_costs is None else layer_costs, jnp.float32)
         largest = jnp.maximum(jnp.max(gains), jnp.finfo(jnp.float32).tiny)
         weights = jnp.maximum(gains / largest, _SMALLEST_GAIN)
-        included = minimise_waiting(weights, layer_costs, self.depth_costs[-1], rate=self.rate)
+        included = minimise_waiting(weights, costs, rate=self.rate)
         return jnp.diff(jnp.maximum(included, self.floor), prepend=0.0)
 
 
@@ -266,19 +251,24 @@ def check_distribution(
             f"The distribution is over subsets of shape {subsets.shape}, and there are "
             f"{num_layers} layers: {names}."
         )
-    is_adaptive = isinstance(distribution, AdaptiveDistribution)
-    if is_adaptive and distribution.steps_per_plan % steps_per_draw:
-        raise ValueError(
-            f"steps_per_draw is {steps_per_draw}, and must divide the distribution's "
-            f"steps_per_plan, {distribution.steps_per_plan}."
-        )
+    is_adaptive, costs = isinstance(distribution, AdaptiveDistribution), None
+    if isinstance(distribution, AdaptiveDistribution):
+        costs = distribution.layer_costs
+        if distribution.steps_per_plan % steps_per_draw:
+            raise ValueError(
+                f"steps_per_draw is {steps_per_draw}, and must divide the distribution's "
+                f"steps_per_plan, {distribution.steps_per_plan}."
+            )
+        if costs is not None and costs.shape != (num_layers,):
+            raise ValueError(f"costs are {costs.size}, and there are {num_layers} layers.")
 
     def probabilities_of(argument: Any) -> Any:
         if isinstance(distribution, AdaptiveDistribution):
-            return distribution.plan(jnp.asarray(argument))
+            return distribution.plan_with(*map(jnp.asarray, argument))
         return distribution.probabilities(argument, num_layers)
 
-    example = np.ones(num_layers, np.float32) if is_adaptive else np.int32(0)
+    ones = np.ones(num_layers, np.float32)
+    example = (ones, ones if costs is None else costs) if is_adaptive else np.int32(0)
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         probabilities = np.asarray(probabilities_of(example))
     if probabilities.shape != (len(subsets),):
@@ -288,7 +278,7 @@ def check_distribution(
         )
     check_probabilities(probabilities, 0)
     try:
-        jax.eval_shape(probabilities_of, jax.ShapeDtypeStruct(example.shape, example.dtype))
+        jax.eval_shape(probabilities_of, jax.tree.map(jax.typeof, example))
     except jax.errors.ConcretizationTypeError as error:
         name, traced = ("plan", "array of gains") if is_adaptive else ("probabilities", "step")
         raise TypeError(

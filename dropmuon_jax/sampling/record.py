@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,18 +11,83 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from dropmuon_jax._checks import check_parameters, check_transformation, describe, static_int
+from dropmuon_jax._checks import check_parameters, check_transformation, describe
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import is_static, resolve_mask
-from dropmuon_jax.sampling.adaptive import AdaptiveDistribution, LayerGainsState
-from dropmuon_jax.sampling.distributions import check_probabilities
+from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
 
 if TYPE_CHECKING:  # it looks into records itself
     from dropmuon_jax.sampling.sampler import DepthSampler
+
+
+class DrawnBy(NamedTuple):
+    """What the draws of a run depend on, beside its gains."""
+
+    layer_costs: Float[Array | np.ndarray, " num_layers"]
+    """The costs by which it plans, in :func:`time_aware_depth` what each layer adds, and the last
+    one what no depth avoids; ones if its plan takes none."""
+    settings: UInt32[Array | np.ndarray, " 8"]
+    """Two words of the seed, steps per draw and per plan, the bits of the decay, checksums of
+    layers and subsets, and whether another :func:`record_gains` has taken steps."""
+    plans: Float[Array | np.ndarray, " examples"]
+    """What its plan makes of some gains and costs: the mean index that is drawn."""
+
+    def differs(self, own: DrawnBy) -> Any:
+        """Whether draws by this are not those of a sampler, for other reasons than its costs."""
+        # Another backend may round plans in another way.
+        of_plans = abs(self.plans - own.plans) > np.float32(1e-4)
+        return of_plans.any() | (self.settings != own.settings).any()
+
+    def refuse_other(self, own: DrawnBy, told: list[str]) -> None:
+        """Error if this is not what a sampler would have written, but for costs: then a warning.
+
+        Both hold NumPy arrays; `told` gets the warning, so that it comes once.
+        """
+        old, new = _readable(self.settings), _readable(own.settings)
+        found = [
+            f"{name} is {old[name]}, not {new[name]}" for name in old if old[name] != new[name]
+        ]
+        if not found and self.differs(own):
+            found = ["plan (its rate, floor or a function of your own) is another"]
+        if found:
+            raise ValueError(
+                f"opt_state is not of this sampler: its {'; its '.join(found)}. The run would not "
+                "draw as it did: make sampler and optimizer as in the script that began it. To go "
+                f"on with these, {_take_over('drawn_by')}."
+            )
+        if not told and not np.allclose(self.layer_costs, own.layer_costs, rtol=1e-5):
+            costs, others = (
+                ", ".join(f"{cost:.3g}" for cost in of.layer_costs) for of in (self, own)
+            )
+            told.append(
+                f"opt_state draws on by the layer costs with which its run began, [{costs}]. Those "
+                f"of this sampler, [{others}], are not used: to take them, "
+                f"{_take_over('layer_costs')}."
+            )
+            warnings.warn(told[0], stacklevel=2)
+
+
+class LayerGainsState(NamedTuple):
+    """State of :func:`record_gains`."""
+
+    inner_state: optax.OptState
+    """The state of the transformation inside."""
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Number of steps taken, a scalar int32."""
+    gains: Float[Array, " num_layers"]
+    """First-order decrease of the loss, −⟨gradient, update⟩, of each layer in a step in which it is
+    active: an exponential moving average over these steps, in the loss's unit."""
+    num_active_steps: Int[Array, " num_layers"]
+    """Number of steps in each average."""
+    probabilities: Float[Array, " num_subsets"]
+    """The probability of each subset, in the period under way."""
+    next_probabilities: Float[Array, " num_subsets"]
+    """The same in the next period; known one period ahead, so that the host never waits for it."""
+    drawn_by: DrawnBy
+    """What else the draws depend on, as it was when the run began."""
 
 
 def record_gains(
@@ -30,6 +97,12 @@ def record_gains(
 
     Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside.
     `optax.MultiSteps` goes neither around nor inside: gather gradients in the step itself.
+
+    The state keeps what the draws depend on. So a script that is started again draws on as the run
+    would have, by the costs of its state, even if it has measured others, of which it warns; and a
+    state whose draws were another sampler's is refused where the host draws. (Draws inside a jitted
+    loop cannot say so: call `sampler.check_processes(step, opt_state)` or :func:`check_state`
+    before.)
 
     Args:
         inner: The whole optimizer, from the gradient to the update that is added.
@@ -65,7 +138,7 @@ def record_gains(
     def init_fn(params: optax.Params) -> LayerGainsState:
         check_parameters(params)
         layers.rows_of(params)  # an error if a leaf is in no layer
-        if _nodes(inner_state := init(params), optax.MultiStepsState):  # which gain 0 in between
+        if nodes(inner_state := init(params), optax.MultiStepsState):  # which gain 0 in between
             raise TypeError("inner holds an optax.MultiSteps: gather gradients in the step itself.")
         uniform = jnp.full(num_subsets, 1 / num_subsets, jnp.float32)
         return LayerGainsState(
@@ -75,6 +148,7 @@ def record_gains(
             jnp.zeros(layers.num_layers, jnp.int32),
             uniform,
             uniform.copy(),
+            jax.tree.map(jnp.array, sampler.drawn_by),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -98,7 +172,10 @@ def record_gains(
         ends_period = count % distribution.steps_per_plan == 0
         # A layer that has not been seen may be worth as much as the best.
         optimistic = jnp.where(num_active_steps > 0, gains, jnp.max(gains))
-        plan = jnp.asarray(distribution.plan(optimistic), jnp.float32)
+        drawn_by: DrawnBy = state.drawn_by
+        plan = jnp.asarray(distribution.plan_with(optimistic, drawn_by.layer_costs), jnp.float32)
+        is_other = jnp.asarray(drawn_by.differs(sampler.drawn_by), jnp.uint32)
+        flag = np.array([0] * 7 + [1], np.uint32) * is_other
         return updates, LayerGainsState(
             inner_state,
             count,
@@ -106,6 +183,7 @@ def record_gains(
             num_active_steps,
             jnp.where(ends_period, state.next_probabilities, state.probabilities),
             jnp.where(ends_period, plan, state.next_probabilities),
+            drawn_by._replace(settings=jnp.maximum(drawn_by.settings, flag)),
         )
 
     return checked_transformation(init_fn, update_fn)
@@ -144,154 +222,59 @@ def _gains(
     return total
 
 
-def find_record(opt_state: Any) -> LayerGainsState:
-    """The one record in the state of an optimizer; an error if there are none or several."""
-    if opt_state is None:
-        way_out = "give the optimizer state before the step, sampler.depth(step, opt_state)"
-        raise TypeError(f"This distribution follows the run: {way_out}.")
-    found = _nodes(opt_state, LayerGainsState)
-    if not found:
-        raise ValueError(
-            "opt_state has no record of the layers' gains, which this distribution draws by. Make "
-            "the optimizer by tx = dm.record_gains(optimizer, sampler), and give the state of tx."
-        )
-    if len(found) > 1 or _nodes(found[0].inner_state, LayerGainsState):
-        raise ValueError(
-            "opt_state has several records of gains: call dm.record_gains once, around all else."
-        )
-    return found[0]
+def nodes(tree: Any, kind: type) -> list[Any]:
+    """The nodes of a type in a tree, outermost."""
+    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in found if isinstance(node, kind)]
 
 
-def _nodes(tree: Any, kind: type) -> list[Any]:
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
-    return [node for node in nodes if isinstance(node, kind)]
+def seed_words(seed: int | Array) -> Any:
+    """The upper and the lower 32 bits of a seed, which is an integer or an array."""
+    if isinstance(seed, int):  # JAX's own key of it depends on its configuration from 2^32 on
+        return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return seed if seed.shape else jnp.stack([jnp.zeros((), jnp.uint32), seed.astype(jnp.uint32)])
 
 
-LAST_STEP = 2**31 - 1
+def drawn_by_of(sampler: DepthSampler) -> DrawnBy:
+    """What the draws of a sampler with an adaptive distribution depend on, beside gains."""
+    distribution: Any = sampler.distribution
+    layers, size = sampler.layers, sampler.layers.num_layers
+    about = layers.names, [(leaf.path, leaf.layers) for leaf in layers.leaves]
+    checksums = zlib.crc32(repr(about).encode()), zlib.crc32(sampler.subsets.tobytes())
+    decay = np.float32(distribution.decay).view(np.uint32)
+    steps = sampler.steps_per_draw, distribution.steps_per_plan
+    words, others = seed_words(sampler.seed), np.array([*steps, decay, *checksums, 0], np.uint32)
+    settings = (np if isinstance(words, np.ndarray) else jnp).concatenate([words, others])
+    # Rising, falling, and one layer above all others. So steep costs let a plan show its floor.
+    rising = 2.0 ** np.arange(1 - size, 1, dtype=np.float32)
+    gains = [rising, rising[::-1], *(0.97 * np.eye(size, dtype=np.float32) + np.float32(0.03))]
+    steep = np.maximum(64.0 ** -np.arange(size), 2.0**-20).astype(np.float32)
+    index = np.linspace(0, 1, len(sampler.subsets), dtype=np.float32)
+    with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
+        plans = [
+            np.asarray(distribution.plan_with(jnp.asarray(of_layers), jnp.asarray(steep)))
+            for of_layers in gains
+        ]
+    given = distribution.layer_costs
+    costs = np.ones(size, np.float32) if given is None else np.asarray(given)
+    return DrawnBy(costs, settings, (np.stack(plans) @ index).astype(np.float32))
 
 
-def check_step(step: Any) -> int:
-    """The step, if it is a Python integer that fits into an int32."""
-    hint = "Count the steps in Python, or use sampler.sample."
-    step = static_int("step", step, minimum=0, hint=hint)
-    if step > LAST_STEP:
-        raise ValueError(f"step must be at most {LAST_STEP}, an int32, got {step}.")
-    return step
+def _take_over(name: str) -> str:
+    return (
+        f"opt_state = optax.tree.set(opt_state, {name}=optax.tree.get(tx.init(params), '{name}'))"
+    )
 
 
-class Reading(NamedTuple):
-    """A part of the record, on its way to the host or there."""
-
-    count: Any
-    probabilities: Any
-    next_probabilities: Any
-
-    @classmethod
-    def begin(cls, opt_state: Any) -> Reading:
-        """Copies on their way to the host, since the next step may overwrite the state."""
-        record = find_record(opt_state)
-        if isinstance(record.count, Tracer):
-            raise TypeError("opt_state is traced: on the device, draw with sampler.sample.")
-        if np.ndim(record.count):
-            shape = np.shape(record.count)
-            raise ValueError(f"opt_state is of {shape} runs at once: draw with sampler.sample.")
-        with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
-            reading = cls(*(jnp.copy(getattr(record, name)) for name in cls._fields))
-            for array in reading:
-                array.copy_to_host_async()
-        return reading
-
-    def arrive(self, step: int) -> Reading:
-        """NumPy arrays, waited for; an error unless they are of the state before a step."""
-        reading = Reading(*map(to_host, self))
-        if reading.count != step:
-            raise ValueError(
-                f"opt_state has taken {reading.count} steps, and was given for step {step}. Give "
-                "each step the state before it; after a restart count on from its steps. What "
-                "leaves steps out (optax.apply_if_finite) goes inside, optax.MultiSteps nowhere."
-            )
-        check_probabilities(reading.probabilities, step)
-        return reading
-
-
-def to_host(array: Any) -> np.ndarray:
-    """The value of an array; on a pod, of the copy that lies on a device of this process."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        if not array.is_fully_replicated:
-            raise ValueError(
-                "The record of gains is sharded over processes. Give the jitted step "
-                "out_shardings=dm.state_shardings(tx, params) for the optimizer state."
-            )
-        array = array.addressable_data(0)
-    with jax.transfer_guard("allow"):
-        return np.asarray(array)
-
-
-class PlanReader:
-    """Draws by the plans of one run, step by step, without waiting for the device that trains.
-
-    The plan of a period is in the state one period ahead. Its copy to the host starts with the
-    period before, and is there when it is needed: one read a period. Only the first step, and one
-    that does not follow the last, waits for the device. A reader changes with every step: make one
-    for each run. (Distributions that are not adaptive are drawn by the sampler.)
-
-    Args:
-        sampler: The :class:`DepthSampler` with which :func:`record_gains` was called.
-    """
-
-    def __init__(self, sampler: DepthSampler) -> None:
-        self.sampler = sampler
-        self._last_step = -1
-        self._indices = np.zeros(0, np.int32)  # drawn for the steps of a period
-        self._plan = np.zeros(0, np.float32)  # by these probabilities
-        self._readings: list[Reading] = []  # of the state before the step `_begun`
-        self._begun = 0
-
-    def depth(self, step: int, opt_state: Any = None) -> int:
-        """The depth of a step, equal to `sampler.depth(step, opt_state)`.
-
-        A state of another step or run is a ValueError: at once at the first step and after a jump,
-        else when the period that begins with the step has ended.
-        """
-        return (self._index if self.sampler.draws_depths else self.sampler.depth)(step, opt_state)
-
-    def active(self, step: int, opt_state: Any = None) -> tuple[bool, ...]:
-        """The layers of a step, equal to `sampler.active(step, opt_state)`."""
-        return tuple(self.sampler.subsets[self._index(step, opt_state)].tolist())
-
-    def _index(self, step: int, opt_state: Any) -> int:
-        sampler, distribution = self.sampler, self.sampler.distribution
-        if not isinstance(distribution, AdaptiveDistribution):
-            return sampler.index(step)
-        step = check_step(step)
-        offset = step % distribution.steps_per_plan
-        if step == self._last_step:  # again, as for the micro-batches of a step
-            if step == self._begun:  # or of another run, which is found out when the period ends
-                self._readings = [*self._readings[-7:], Reading.begin(opt_state)]
-            return int(self._indices[offset])
-        follows, self._last_step = step == self._last_step + 1, -1
-        if not follows or offset == 0:
-            finished = self._finish()
-            latest = Reading.begin(opt_state)
-            if follows and finished is not None:
-                self._plan = finished.next_probabilities
-            else:
-                latest = latest.arrive(step)
-                self._plan = latest.probabilities
-            self._readings, self._begun = [latest], step
-            steps = step - offset + np.arange(distribution.steps_per_plan)
-            self._indices = sampler.draw_with(self._plan, steps)
-        self._last_step = step
-        return int(self._indices[offset])
-
-    def _finish(self) -> Reading | None:
-        """What has been read since the last plan was; an error unless it has that plan."""
-        readings, self._readings = self._readings, []
-        for reading in (arrived := [reading.arrive(self._begun) for reading in readings]):
-            expected = reading.count, self._plan, arrived[0].next_probabilities
-            if not all(map(np.array_equal, reading, expected)):
-                raise ValueError(
-                    f"The plan that was followed since step {self._begun} is not that of opt_state."
-                    " A PlanReader follows one run: make one for each, and give it every step."
-                )
-        return arrived[0] if arrived else None
+def _readable(settings: Array | np.ndarray) -> dict[str, Any]:
+    """The settings by their names."""
+    high, low, per_draw, per_plan, decay, layers, subsets, is_mixed = settings.tolist()
+    return {
+        "seed": (high << 32) + low,
+        "steps_per_draw": per_draw,
+        "steps_per_plan": per_plan,
+        "decay": round(float(np.uint32(decay).view(np.float32)), 6),
+        "order of layers": f"{layers:08x}",
+        "set of subsets": f"{subsets:08x}",
+        "record": "of two different samplers" if is_mixed else "of one",
+    }

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +20,15 @@ from dropmuon_jax.sampling.distributions import (
     depth_subsets,
     inclusion_probabilities,
 )
-from dropmuon_jax.sampling.record import LAST_STEP, Reading, check_step, find_record, to_host
+from dropmuon_jax.sampling.reading import (
+    LAST_STEP,
+    Reading,
+    check_agreement,
+    check_step,
+    find_record,
+    to_host,
+)
+from dropmuon_jax.sampling.record import DrawnBy, drawn_by_of, seed_words
 
 _BITS = 24  # of a float32's mantissa: probabilities are rounded to multiples of 2^-24
 _DRAWS_PER_BLOCK = 1024  # how many the host computes at once
@@ -48,7 +54,7 @@ class DepthSampler:
         layers: The layers, over the whole parameters.
         distribution: A :class:`LayerDistribution`, such as :func:`uniform_depth`, or adaptive.
         seed: An integer from 0 to 2^64 - 1, or a key: `jax.random.key(3)` is the seed 3. (Traced
-            ones, as in `jax.vmap` over seeds, and integer arrays are for `sample` only.)
+            ones, as in `jax.vmap` over seeds, are for `sample` only.)
         steps_per_draw: How many steps in a row share a draw. It divides the `steps_per_plan` of an
             adaptive distribution.
 
@@ -131,7 +137,7 @@ class DepthSampler:
         """The index in `subsets` that is drawn in a step, on the host."""
         step = check_step(step)
         if isinstance(self.distribution, AdaptiveDistribution):
-            plan = Reading.begin(opt_state).arrive(step).probabilities
+            plan = Reading.begin(opt_state).arrive(step, self).probabilities
             return int(self.draw_with(plan, np.array([step]))[0])
         block, offset = divmod(step // self.steps_per_draw, _DRAWS_PER_BLOCK)
         if block not in self._blocks:
@@ -141,6 +147,16 @@ class DepthSampler:
     @functools.cached_property
     def _blocks(self) -> dict[int, np.ndarray]:
         return {}
+
+    @functools.cached_property
+    def drawn_by(self) -> DrawnBy:
+        """What an adaptive sampler writes into a state, to be known again."""
+        return drawn_by_of(self)
+
+    @functools.cached_property
+    def told(self) -> list[str]:
+        """The warnings that have been given, so that each comes once."""
+        return []
 
     def draw_with(self, probabilities: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """The indices that are drawn in steps with given probabilities, on the host."""
@@ -156,7 +172,11 @@ class DepthSampler:
     ) -> Float[Array, " num_subsets"]:
         """The probability of each subset, or depth, at a step; by the plan of an adaptive one."""
         if isinstance(self.distribution, AdaptiveDistribution):
-            return jnp.asarray(find_record(opt_state).probabilities)
+            record = find_record(opt_state)
+            known = jax.tree.leaves((record.drawn_by, self.seed))
+            if not any(isinstance(x, Tracer) for x in known) and record.count.ndim == 0:
+                jax.tree.map(to_host, record.drawn_by).refuse_other(self.drawn_by, self.told)
+            return jnp.asarray(record.probabilities)
         first = step // self.steps_per_draw * self.steps_per_draw
         probabilities = self.distribution.probabilities(first, self.layers.num_layers)
         return jnp.asarray(probabilities, jnp.float32)
@@ -173,30 +193,31 @@ class DepthSampler:
         All processes call it, before the first step and after restoring a checkpoint: from then on
         each draws by itself. With other depths they would run different programs, and wait for each
         other in collectives forever. (Plans of an adaptive distribution agree if the gains do, to
-        the last bit, as replicated arrays should: call it now and then.) The error says where.
+        the last bit, as replicated arrays should: call it now and then.) The error says where. A
+        state of another adaptive sampler is an error too, on one process as on many.
         """
+        step, of_state = check_step(step), None
         if isinstance(self.distribution, AdaptiveDistribution):
-            # A wrong count raises in `depth`: raised here, the other processes would wait for this.
-            count, *plans = map(to_host, Reading.begin(opt_state))
-            # Besides the plans that are made, those of gains that differ, which know all costs.
-            size = self.layers.num_layers
-            rising = 2.0 ** np.arange(1 - size, 1, dtype=np.float32)
-            gains = [rising, rising[::-1], *(0.9 * np.eye(size, dtype=np.float32) + 0.1)]
-            plans += [self.distribution.plan(jnp.asarray(of_layers)) for of_layers in gains]
-            draws = [int(count)]
-            periods = f"{self.distribution.steps_per_plan} {self.distribution.decay}"
+            # What is wrong on one process alone raises below, or in `depth`: raised here, the
+            # other processes would wait for this one.
+            count, *plans, of_state = jax.tree.map(to_host, Reading.begin(opt_state))
+            draws, plans = [int(count)], [*plans, of_state.plans, self.drawn_by.plans]
         else:
             draws = [self.index(step + i) for i in range(_STEPS_TO_COMPARE)]
             # Distributions that change along a run may part later than these draws.
             ahead = np.minimum(step + 2 ** np.arange(31), LAST_STEP)
-            plans, periods = [self.probabilities(int(later)) for later in ahead], ""
-        rounded = np.round([to_host(plan) for plan in plans], 4).tolist()
-        about = f"{self.layers}{self.subsets.tolist()}{self.steps_per_draw}{rounded}{periods}"
-        _check_agreement(self.seed, check_step(step), draws, about)
+            plans = [self.probabilities(int(later)) for later in ahead]
+        rounded = [np.round(to_host(plan), 4).tolist() for plan in plans]
+        about = f"{self.layers}{self.subsets.tolist()}{self.steps_per_draw}{rounded}"
+        if of_state is not None:
+            about += f"{[x.tolist() for x in (*of_state[:2], self.drawn_by.settings)]}"
+        check_agreement(self.seed, step, draws, about)
+        if of_state is not None:
+            of_state.refuse_other(self.drawn_by, self.told)
 
 
 def _as_seed(seed: Any) -> int | jax.Array:
-    """The seed as a Python integer; as an array if it is an integer array or a traced key."""
+    """The seed as a Python integer; as an array if it is traced."""
     is_array = isinstance(seed, jax.Array | np.ndarray)
     if is_array and seed.shape == () and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         words = jax.random.key_data(seed)
@@ -206,10 +227,13 @@ def _as_seed(seed: Any) -> int | jax.Array:
             words = jax.random.key_data(functools.reduce(jax.random.fold_in, words.ravel(), start))
     elif is_array and seed.shape == (2,) and seed.dtype == np.uint32:
         words = seed
-    elif isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer):
+    elif isinstance(seed, Tracer) and jnp.issubdtype(seed.dtype, jnp.integer):
         check_index("seed", seed)
         return seed
     else:
+        if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer):
+            check_index("seed", seed)
+            seed = int(to_host(seed))
         way_out = "Give an integer from 0 to 2^64 - 1, or a key such as jax.random.key(0)."
         seed = static_int("seed", seed, minimum=0, hint=way_out)
         if seed >= 1 << 64:
@@ -225,11 +249,8 @@ def draw_index(
     seed: int | jax.Array, count: Int[Array, ""] | int, probabilities: Float[Array, " outcomes"]
 ) -> Int[Array, ""]:
     """An index with the given probabilities, drawn in integers and so the same everywhere."""
-    if isinstance(seed, int):  # JAX's own key of it depends on its configuration from 2^32 on
-        seed = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
-    elif not seed.shape:
-        seed = jnp.stack([jnp.zeros((), jnp.uint32), seed.astype(jnp.uint32)])
-    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), count)
+    key = jax.random.wrap_key_data(jnp.asarray(seed_words(seed)), impl="threefry2x32")
+    key = jax.random.fold_in(key, count)
     # The folded key is itself 64 random bits, the same under every JAX configuration.
     bits = jax.random.key_data(key)[0] >> (32 - _BITS)
     # A sum of integers is exact, in whatever order a backend takes it. What rounding has lost or
@@ -257,7 +278,7 @@ def _draw_on_host(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws and their probabilities, computed now, and without waiting for an accelerator."""
     if not isinstance(sampler.seed, int):
-        raise TypeError("seed is an array, for sampler.sample only: give an integer or a key.")
+        raise TypeError("seed is traced, for sampler.sample only: give an integer or a key.")
     host = None
     with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS without "cpu"
         host = jax.local_devices(backend="cpu")[0]
@@ -275,26 +296,3 @@ def _block_of_draws(sampler: DepthSampler, number: int) -> np.ndarray:
     for draw, of_draw in zip(draws.tolist(), probabilities, strict=True):
         check_probabilities(of_draw, draw * sampler.steps_per_draw)
     return indices
-
-
-def _check_agreement(seed: Any, step: int, draws: Sequence[int], about: str) -> None:
-    """Error if processes differ in what they draw, or in what they draw from."""
-    if jax.process_count() == 1:
-        return
-    # Imported here for the sake of one device, where it would take time for nothing.
-    from jax.experimental import multihost_utils
-
-    checksums = zlib.crc32(about.encode()), zlib.crc32(np.asarray(draws, np.int64).tobytes())
-    mine = np.array([seed & 0xFFFFFFFF, seed >> 32, step, *checksums], np.uint32)
-    everyone = np.asarray(multihost_utils.process_allgather(mine))
-    if (everyone == everyone[0]).all():
-        return
-    differences = "; ".join(
-        f"process {process} has seed {low + (high << 32)} and step {of_step}, layers {layers:08x} "
-        f"and draws {of_draws:08x}"
-        for process, (low, high, of_step, layers, of_draws) in enumerate(everyone.tolist())
-    )
-    raise ValueError(
-        "The processes do not draw the same layers, and would wait for each other forever: "
-        f"{differences}. Give all one seed, layers and distribution, and a common first step."
-    )

@@ -238,7 +238,7 @@ def layout_cost(
     back = at_rest * (1 - 1 / axes_size(axes, cut))
     sums = 0.0
     if parts > 1:
-        segments = long / (2 * bucket.num_rows**2 * bucket.num_cols)
+        segments = long / max(1, 2 * bucket.num_rows**2 * bucket.num_cols)  # 1 of an empty one
         sums = segments * held * 2 * bucket.num_rows**2 * bucket.itemsize
     return LayoutCost(2 * held * (long / parts + short), 2 * exchanged + there + back + sums)
 

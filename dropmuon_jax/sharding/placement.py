@@ -159,7 +159,8 @@ def plan_layouts(
             name: choose_layout(kernel, bucket, axes, name, flops_per_byte) for name in LAYOUTS
         }
         costs = {name: layout_cost(kernel, bucket, axes, it) for name, it in layouts.items()}
-        times = {name: cost.time(flops_per_byte) for name, cost in costs.items()}
+        # An empty matrix takes no time in any layout.
+        times = {name: max(1e-30, cost.time(flops_per_byte)) for name, cost in costs.items()}
         chosen = layouts[layout]
         return ShapeLayout(
             shape=(bucket.num_rows, bucket.num_cols),

@@ -18,7 +18,7 @@ from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.states import checked_transformation, state_like
 from dropmuon_jax.layers.trees import is_static, resolve_whole_mask, where_active
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
-from dropmuon_jax.sampling.record import to_host
+from dropmuon_jax.sampling.reading import to_host
 from dropmuon_jax.sampling.sampler import DepthSampler
 from dropmuon_jax.transforms.masked import with_second_gradient
 from dropmuon_jax.transforms.momentum import wide_dtype

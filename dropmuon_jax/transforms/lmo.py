@@ -244,7 +244,7 @@ def _steepest(
         raise TypeError(f"norm must be a dm.norms.Norm, got {describe(norm)}.{called}")
     check_dimension_numbers(dimension_numbers)
     if memory_limit is not None:
-        hint = "It is in bytes, and static: under optax.inject_hyperparams name it in static_args."
+        hint = "It is in bytes; under optax.inject_hyperparams name it in static_args."
         memory_limit = static_int("memory_limit", memory_limit, minimum=1, hint=hint)
     limit, is_scheduled = memory_limit or DEFAULT_MEMORY_LIMIT, any(map(callable, kinds))
 
@@ -264,13 +264,13 @@ def _steepest(
     def update(updates, state, params, layer_mask, extra_args):
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
+        steps = list(map(jnp.zeros_like, leaves))
         active = [i for i, flag in enumerate(jax.tree.leaves(layer_mask)) if flag]
         all_axes = norm.axes(updates, dimension_numbers)
         axes = [all_axes[i] for i in active]
         grads = [leaves[i].astype(np.promote_types(leaves[i].dtype, np.float32)) for i in active]
-        radii = [radius] * len(leaves)
-        if isinstance(radius, Mapping):
-            radii = leaf_radii(name, radius, updates)
+        by_path = isinstance(radius, Mapping)
+        radii = leaf_radii(name, radius, updates) if by_path else [radius] * len(leaves)
         on = execution(updates)
 
         def directions(grads: list[jax.Array]) -> list[jax.Array]:
@@ -278,7 +278,6 @@ def _steepest(
 
         # In float32 until the end: a bfloat16 leaf is rounded once.
         found = on.call(directions, grads, named=updates, results_like=grads)
-        steps = list(map(jnp.zeros_like, leaves))
         for i, grad, direction in zip(active, grads, found, strict=True):
 
             def dual_norm(grad=grad, direction=direction, axes=all_axes[i]) -> jax.Array:
@@ -289,11 +288,10 @@ def _steepest(
                 of_each = functools.partial(sum_of_each, axes=axes)
                 return on.call(of_each, product, named=(), results_like=product)
 
-            length = radii[i]
+            length, count = radii[i], state.count if is_scheduled else None
             if callable(length) or isinstance(length, AdaptiveRadius):
-                length = step_length(name, length, state.count if is_scheduled else None, dual_norm)
-            length = jnp.asarray(length).astype(grad.dtype)
-            length = length * dual_norm() if sharp else length
+                length = step_length(name, length, count, dual_norm)
+            length = jnp.asarray(length).astype(grad.dtype) * (dual_norm() if sharp else 1)
             steps[i] = (length * direction).astype(leaves[i].dtype)
         if is_scheduled:
             state = RadiusState(jnp.asarray(optax.safe_increment(state.count)))

@@ -69,6 +69,17 @@ def masked_transformation(
     return optax.GradientTransformationExtraArgs(check.init, update_fn)
 
 
+def promoting(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Optax's Adam, schedules and the like, which cannot run under strict promotion, as they do."""
+    tx = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
 @names_counterparts
 def chain_subtrees(
     transforms: Mapping[str, optax.GradientTransformation],

@@ -204,9 +204,8 @@ def mars_momentum(
             return beta * m.astype(wide) + (1 - beta) * c
 
         started = entries_like(state.momentum, state.started)
-        new = advance_active(
-            average, layer_mask, state.momentum, updates, state.last_grads, started
-        )
+        pasts = state.momentum, updates, state.last_grads, started
+        new = advance_active(average, layer_mask, *pasts)
         new_state = MarsMomentumState(
             stored_like(state.momentum, new, layer_mask),
             stored_like(state.last_grads, updates, layer_mask),

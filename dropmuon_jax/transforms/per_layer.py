@@ -27,7 +27,11 @@ from dropmuon_jax.layers.rows import (
 from dropmuon_jax.layers.states import state_like
 from dropmuon_jax.layers.trees import inside_update, is_static, leaf_paths, where_active
 from dropmuon_jax.orthogonalize.batches import execution
-from dropmuon_jax.transforms.masked import masked_transformation, with_second_gradient
+from dropmuon_jax.transforms.masked import (
+    masked_transformation,
+    promoting,
+    with_second_gradient,
+)
 
 Rows = Bool[np.ndarray, " layers"] | Bool[Array, " *layers"]
 Result = tuple[Any, Any]  # updates and state
@@ -109,7 +113,7 @@ def per_layer(
             "takes_mask=True is for an inner that looks at layer_mask, and this one takes no extra "
             "arguments, as most of Optax's own do: leave takes_mask out."
         )
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(inner) if takes_mask else promoting(inner)
     units = layers.units
     axes_of = remembered_labels(
         lambda of_unit: row_axes(
