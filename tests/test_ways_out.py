@@ -166,6 +166,33 @@ schedule = lambda count: 0.5 / (count + 1)  # noqa: E731
 stacked = lambda state: jax.tree.map(lambda x: jnp.stack([x, x]), state)  # noqa: E731
 
 
+Parts, COMPLEX = dm.layers.Parts, {"a": ONES((3, 3)) + 1j}
+UNEVEN = {"a": ONES((2, 4)), "b": ONES((4, 3))}
+TURNED_STACK = {"blocks": {"w": 0.1 * ONES((4, 3, 4)), "b": ONES((4, 3))}}
+turned_layers = lambda axis: dm.layers_by_path(  # noqa: E731
+    TURNED_STACK, [dm.stacked("blocks", axis=axis)]
+)
+cheaper = dm.DepthSampler(layers, dm.time_aware_depth([5.0, 2.0, 1.0]), seed=0)
+reseeded = dm.DepthSampler(layers, TIMED, seed=1)
+
+
+def turned_loss(axis: int) -> Any:
+    f = lambda h, row: (jnp.tanh(h @ row["w"] + row["b"]), None)  # noqa: E731
+
+    def loss(params: Any, depth: Any) -> Any:
+        depth = turned_layers(axis).stack_depth(depth)
+        return jnp.sum(dm.scan_layers(f, ONES((64, 4)), params["blocks"], depth=depth, axis=1)[0])
+
+    return loss
+
+
+def joined(tx: Any, **extra: Any) -> Any:
+    """A step of complex parameters by their parts."""
+    params = dm.layers.split_complex(COMPLEX)
+    grads = jax.grad(lambda p: jnp.sum(jnp.abs(dm.layers.join_complex(p)["a"]) ** 2))(params)
+    return tx.update(grads, tx.init(params), params, **extra)
+
+
 # Raised by several processes alone, whose way out tests/pods/process.py takes.
 ON_PODS = "out_shardings=dm.state_shardings(tx, params) for the optimizer state"
 TABLE = Path(__file__).with_suffix("").with_name("ways_out.txt").read_text().splitlines()
