@@ -181,7 +181,7 @@ def turned_loss(axis: int) -> Any:
 
     def loss(params: Any, depth: Any) -> Any:
         depth = turned_layers(axis).stack_depth(depth)
-        return jnp.sum(dm.scan_layers(f, ONES((64, 4)), params["blocks"], depth=depth, axis=1)[0])
+        return jnp.sum(dm.scan_layers(f, Y[:, :4], params["blocks"], depth=depth, axis=1)[0])
 
     return loss
 
