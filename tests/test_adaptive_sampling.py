@@ -71,7 +71,7 @@ def test_gains_are_first_order_decreases_averaged_over_active_steps():
         grads = random_tree(count)
         updates, params, state = step(params, state, grads, depth)
         for i in range(depth, 3):
-            gain = -np.sum(grads[NAMES[i]] * updates[NAMES[i]])
+            gain = -np.sum(grads[NAMES[i]] * updates[NAMES[i]]) / np.abs(updates[NAMES[2]]).sum()
             seen[i] += 1
             expected[i] += max(0.1, 1 / seen[i]) * (gain - expected[i])
         np.testing.assert_allclose(state.gains, expected, rtol=1e-5)
@@ -91,6 +91,22 @@ def test_gains_are_first_order_decreases_averaged_over_active_steps():
     assert after.count == 5
 
 
+def test_gains_do_not_depend_on_how_the_learning_rate_changes():
+    def run(rate):
+        tx = dm.record_gains(drop_muon(rate), make_sampler())
+        state = tx.init(PARAMS)
+        for count, depth in enumerate((0, 2, 0, 1)):
+            mask = LAYERS.mask(depth)
+            _, state = tx.update(random_tree(count), state, PARAMS, layer_mask=mask)
+        return state
+
+    constant, changing = (run(rate) for rate in (0.1, lambda count: 3.0 / 10.0**count))
+    np.testing.assert_allclose(constant.gains, changing.gains, rtol=1e-5)
+    # A warm-up begins with a step of no length, of which nothing is known.
+    warm = run(lambda count: 0.1 * count)
+    assert (constant.num_active_steps - warm.num_active_steps).tolist() == [1, 1, 1]
+
+
 def test_rows_of_a_stack_gain_like_layers_of_their_own():
     grads = [np.float32(np.random.default_rng(k).normal(size=(3, 4, 4))) for k in range(4)]
 
@@ -107,7 +123,7 @@ def test_rows_of_a_stack_gain_like_layers_of_their_own():
 
     of_stack = run([dm.stacked("blocks")], lambda rows: {"blocks": rows})
     of_layers = run(list("abc"), lambda rows: dict(zip("abc", rows, strict=True)))
-    assert of_stack[2].tolist() == of_layers[2].tolist() == [2, 3, 4]
+    assert of_stack[3].tolist() == of_layers[3].tolist() == [2, 3, 4]
     for ours, theirs in zip(of_stack, of_layers, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -115,7 +131,7 @@ def test_rows_of_a_stack_gain_like_layers_of_their_own():
 def test_a_step_that_a_wrapper_inside_leaves_out_counts_and_shows_nothing():
     tx = dm.record_gains(optax.apply_if_finite(optax.sgd(0.5), 3), make_sampler())
     _, first = tx.update(PARAMS, tx.init(PARAMS), PARAMS)  # without a mask: of all layers
-    expected = [0.5 * np.sum(PARAMS[name] ** 2) for name in NAMES]
+    expected = [np.sum(PARAMS[name] ** 2) / np.abs(PARAMS[NAMES[2]]).sum() for name in NAMES]
     np.testing.assert_allclose(first.gains, expected, rtol=1e-5)
     _, state = tx.update(random_tree(1, np.nan), first, PARAMS)
     assert (int(first.count), int(state.count), int(state.inner_state.total_notfinite)) == (1, 2, 1)
@@ -229,7 +245,9 @@ def states_of(seed, num_steps=48):
     random = np.random.default_rng(seed).dirichlet(np.ones(3), num_steps)
     plans, nothing = [*np.full((2, 3), 1 / 3), *random], np.zeros(3, np.float32)
     return [
-        LayerGainsState((), np.int32(k), nothing, nothing, *np.float32(pair), SAMPLER.drawn_by)
+        LayerGainsState(
+            (), np.int32(k), nothing, nothing[0], nothing, *np.float32(pair), SAMPLER.drawn_by
+        )
         for k in range(num_steps)
         for pair in [plans[k // 4 : k // 4 + 2]]
     ]

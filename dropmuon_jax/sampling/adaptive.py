@@ -28,17 +28,18 @@ class AdaptiveDistribution:
     :func:`record_gains` records; it is a part of the optimizer state, a :class:`LayerGainsState`.
     So draws are a function of seed, step and state: the same on every host, and after a restart
     from a checkpoint, whatever costs are measured then. A plan takes effect one period after it was
-    made, so that the host may read it a period ahead. In the first two periods every subset is as
-    likely as any other.
+    made, so that the host may read it a period ahead. In the first two periods it is that of equal
+    gains, as nothing is known.
 
     Attributes:
         subsets: From the number of layers b to the subsets that can be drawn, NumPy booleans of
             shape (num_subsets, b), as in :class:`LayerDistribution`.
         plan: From the gains, a float32 array of shape (num_layers,), to the probability of each
             subset, of shape (num_subsets,); in `jax.numpy`. The gain of a layer is what the loss
-            falls to first order, −⟨gradient, update⟩, in a step in which the layer is active. A
-            plan with an attribute `layer_costs`, one number for each layer, takes such costs as a
-            second argument: those of the script that began the run, which the state keeps.
+            falls to first order, −⟨gradient, update⟩, in a step of unit length in which the layer
+            is active. A plan with an attribute `layer_costs`, one number for each layer, takes such
+            costs as a second argument: those of the script that began the run, which the state
+            keeps.
         steps_per_plan: The length of a period.
         decay: Weight of the past in the moving average of a layer's gain, over the steps in which
             it is active.
@@ -46,7 +47,7 @@ class AdaptiveDistribution:
 
     subsets: Callable[[int], Bool[np.ndarray, "num_subsets num_layers"]]
     plan: Callable[..., Float[Array, " num_subsets"]]
-    steps_per_plan: int = 10
+    steps_per_plan: int = 4
     decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -70,9 +71,9 @@ class AdaptiveDistribution:
 def time_aware_depth(
     depth_costs: Sequence[float] | Float[np.ndarray, " num_layers"],
     *,
-    rate: float = 0.5,
+    rate: float = 1.0,
     floor: float = 0.05,
-    steps_per_plan: int = 10,
+    steps_per_plan: int = 4,
     decay: float = 0.9,
 ) -> AdaptiveDistribution:
     r"""Layers are updated as often as their gain is worth its time.
@@ -87,21 +88,20 @@ def time_aware_depth(
         \pi_i \propto (w_i / c_i)^{1 / (1 + \rho)}
 
     before the order and π ≤ 1 are taken into account, which is done exactly. Here w_i is the gain
-    of a step, −⟨gradient, update⟩, that the run has shown; c_i = costs[i] − costs[i + 1] is what
-    the layer adds to the cost of a step, and C0 what no depth avoids. A gain counts for at least 1
-    % of the largest, and is an average over the layer's own steps: under a falling learning rate
-    the gain of a layer that is seldom drawn is from a somewhat larger rate. Where gains are in
-    proportion to costs, as in a transformer of equal blocks, the plan is full updates.
+    of a step of unit length, −⟨gradient, update⟩, that the run has shown; c_i = costs[i] − costs[i
+    + 1] is what the layer adds to the cost of a step, and C0 what no depth avoids. A gain counts
+    for at least 1 % of the largest, and is an average over the layer's own steps. Where gains are
+    in proportion to costs, as in a transformer of equal blocks, the plan is full updates.
 
     Args:
         depth_costs: What a step costs at each depth, shallow to deep, in any unit, as
             :func:`~dropmuon_jax.planning.depth_cost` measures; positive. Where they rise with
             depth, as noise has it, the nearest in least squares that do not are taken. A run that
             is restarted goes on with those of its state, and warns of others.
-        rate: ρ, the speed of convergence that is assumed: ½ for stochastic gradients, 1 for exact
-            ones. A smaller one drops more.
+        rate: ρ, the speed of convergence that is assumed. A smaller one drops more, which is ahead
+            in very short runs and falls behind sooner.
         floor: The least probability with which a plan updates each layer, in [0, 1].
-        steps_per_plan: Steps of a period; the first two have uniform depths.
+        steps_per_plan: Steps of a period. In the first two, layers gain as much as one another.
         decay: Weight of the past in the gains, over the steps in which a layer is active.
 
     Returns:
@@ -115,7 +115,7 @@ def time_aware_depth(
         >>> distribution = dm.time_aware_depth([1.0, 0.65, 0.3, 0.1])
         >>> included = distribution.plan(jnp.array([0.01, 0.03, 0.04, 0.04])).cumsum()
         >>> print(f"{included[0]:.2f} {included[1]:.2f} {included[2]:.2f}")
-        0.17 0.36 0.63
+        0.27 0.46 0.71
         >>> print(distribution.plan(jnp.array([0.35, 0.35, 0.2, 0.1])))
         [1. 0. 0. 0.]
 

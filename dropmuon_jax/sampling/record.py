@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -79,7 +79,9 @@ class LayerGainsState(NamedTuple):
     """Number of steps taken, a scalar int32."""
     gains: Float[Array, " num_layers"]
     """First-order decrease of the loss, −⟨gradient, update⟩, of each layer in a step in which it is
-    active: an exponential moving average over these steps, in the loss's unit."""
+    active, over the length of that step: an exponential moving average over these steps."""
+    step_length: Float[Array, ""]
+    """Σ|u| of the latest update of the last layer: the learning rate, as far as gains need it."""
     num_active_steps: Int[Array, " num_layers"]
     """Number of steps in each average."""
     probabilities: Float[Array, " num_subsets"]
@@ -94,6 +96,11 @@ def record_gains(
     inner: optax.GradientTransformation, sampler: DepthSampler
 ) -> optax.GradientTransformationExtraArgs:
     """Records what each layer's updates gain, and plans the draws of an adaptive sampler by it.
+
+    A gain is −⟨gradient, update⟩ of a layer over Σ|u| of the update of the last layer, which is
+    active at every depth: so layers that are seldom active are not taken for more because the
+    learning rate was higher then, nor for less in a warm-up. (In a step without the last layer its
+    latest length counts.)
 
     Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside.
     `optax.MultiSteps` goes neither around nor inside: gather gradients in the step itself.
@@ -132,7 +139,7 @@ def record_gains(
             f"dm.time_aware_depth(…), got {describe(sampler)} with {describe(distribution)}. Other "
             "distributions need no record."
         )
-    layers, num_subsets = sampler.layers, len(sampler.subsets)
+    layers = sampler.layers
     init, update = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> LayerGainsState:
@@ -140,14 +147,16 @@ def record_gains(
         layers.rows_of(params)  # an error if a leaf is in no layer
         if nodes(inner_state := init(params), optax.MultiStepsState):  # which gain 0 in between
             raise TypeError("inner holds an optax.MultiSteps: gather gradients in the step itself.")
-        uniform = jnp.full(num_subsets, 1 / num_subsets, jnp.float32)
+        ones = jnp.ones(layers.num_layers, jnp.float32)
+        first = jnp.asarray(distribution.plan_with(ones, sampler.drawn_by.layer_costs), jnp.float32)
         return LayerGainsState(
             inner_state,
             jnp.zeros((), jnp.int32),
             jnp.zeros(layers.num_layers, jnp.float32),
+            jnp.zeros((), jnp.float32),
             jnp.zeros(layers.num_layers, jnp.int32),
-            uniform,
-            uniform.copy(),
+            first,
+            first.copy(),
             jax.tree.map(jnp.array, sampler.drawn_by),
         )
 
@@ -161,9 +170,16 @@ def record_gains(
         mask = resolve_mask(mask, updates, rest, takes_rows=bool(layers.stacks))
         grads, leaf_layers = updates, layers.rows_of(updates)
         updates, inner_state = update(grads, state.inner_state, params, **extra_args)
-        latest = _gains(layers, leaf_layers, mask, grads, updates)
-        # A step that overflowed has shown nothing. The first step that has counts whole.
-        counts = _active_layers(layers, leaf_layers, mask) & jnp.isfinite(latest)
+        is_active, last = _active_layers(layers, leaf_layers, mask), layers.num_layers - 1
+        flags = jax.tree.leaves(mask)
+        of_last = [last in of and flag for flag, of in zip(flags, leaf_layers, strict=True)]
+        length = _sums(layers, of_last, jnp.abs, updates)[last]
+        is_known = is_active[last] & jnp.isfinite(length)
+        step_length = jnp.where(is_known, length, state.step_length)
+        decrease = -_sums(layers, flags, jnp.multiply, grads, updates)
+        latest = decrease / jnp.where(step_length > 0, step_length, 1)
+        # A step that overflowed, or has no length, shows nothing. The first that does counts whole.
+        counts = is_active & jnp.isfinite(latest) & (step_length > 0)
         num_active_steps = state.num_active_steps + counts.astype(jnp.int32)
         weight = jnp.maximum(1 - distribution.decay, 1 / jnp.maximum(num_active_steps, 1))
         average = state.gains + weight.astype(jnp.float32) * (latest - state.gains)
@@ -180,6 +196,7 @@ def record_gains(
             inner_state,
             count,
             gains,
+            step_length,
             num_active_steps,
             jnp.where(ends_period, state.next_probabilities, state.probabilities),
             jnp.where(ends_period, plan, state.next_probabilities),
@@ -203,22 +220,21 @@ def _active_layers(
     return jnp.stack([jnp.asarray(flag, bool) for flag in flags])
 
 
-def _gains(
-    layers: Layers, leaf_layers: Sequence[tuple[int, ...]], mask: Any, grads: Any, updates: Any
+def _sums(
+    layers: Layers, flags: Sequence[Any], function: Callable[..., Array], *trees: Any
 ) -> Float[Array, " num_layers"]:
-    """−⟨gradient, update⟩ of each layer."""
+    """The sum of a function of entries over each layer, in leaves that are not out by a flag."""
     total = jnp.zeros(layers.num_layers, jnp.float32)
-    trees = [jax.tree.leaves(tree) for tree in (mask, grads, updates)]
-    row_axes = layers.row_axes_of(updates)
-    for of_leaf, row_axis, flag, grad, update in zip(leaf_layers, row_axes, *trees, strict=True):
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    rows, row_axes = (places(trees[0]) for places in (layers.rows_of, layers.row_axes_of))
+    for of_leaf, row_axis, flag, arrays in zip(rows, row_axes, flags, leaves, strict=True):
         if is_static(flag) and not flag:
             continue
-        products = grad.astype(jnp.float32) * update.astype(jnp.float32)
-        gains = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i != row_axis))
+        entries = function(*(array.astype(jnp.float32) for array in arrays))
+        sums = jnp.sum(entries, axis=tuple(i for i in range(entries.ndim) if i != row_axis))
         # A sum, not a scatter, which explicit axes would want to know more of.
         is_of_layer = np.arange(layers.num_layers)[:, None] == np.array(of_leaf)
-        gains = gains[None] if gains.ndim else gains
-        total -= jnp.sum(jnp.where(is_of_layer, gains, 0), axis=1)
+        total += jnp.sum(jnp.where(is_of_layer, sums if sums.ndim else sums[None], 0), axis=1)
     return total
 
 
