@@ -183,6 +183,8 @@ def test_a_run_goes_on_in_the_call_in_which_it_stopped():
     for call in (4, 5):
         again, restored, _ = resumed(call, again, restored, x)
     chex.assert_trees_all_equal((again, restored), (params, state))
+    with pytest.raises(ValueError, match=r"gathered 6 micro-batches.*Go on with step=6"):
+        step_fn(1, params, state, x)  # as in an epoch that has counted anew
     for wrong in (0, 3, 5):
         with pytest.raises(ValueError, match=r"gathered 4 micro-batches.*Go on with step=4"):
             make()(wrong, *seen[4], x)

@@ -171,8 +171,9 @@ def test_every_optimizer_steps_under_strict_promotion(name, with_biases, strict_
     tx = OPTIMIZERS[name](layers, sampler)
     depth = {} if name.startswith("muon") else {"depth": 1}
     update, state = jax.jit(tx.update, static_argnames="depth"), tx.init(params)
-    for _ in range(2):
-        updates, state = update(params, state, params, prev_params_grads=params, **depth)
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    for grads in (params, half):
+        updates, state = update(grads, state, params, prev_params_grads=grads, **depth)
     assert updates["b"]["w"].any()
     assert updates["a"]["w"].any() == (not depth)
 

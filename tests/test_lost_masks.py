@@ -143,6 +143,41 @@ def test_a_momentum_that_knows_no_masks_is_frozen_and_steps_as_ours_does(
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), updates, expected)
 
 
+OTHER_SHAPES = {  # numbers, rows and columns, lists of them, memories of several steps
+    "novograd": optax.scale_by_novograd(),
+    "factored": optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+    "sm3": optax.scale_by_sm3(),
+    "lbfgs": optax.scale_by_lbfgs(2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+def test_what_a_momentum_keeps_of_an_inactive_leaf_is_frozen_in_any_shape(name):
+    momentum = optax.apply_if_finite(optax.chain(OTHER_SHAPES[name], optax.trace(0.9)), 3)
+    ends = []
+    pair = PARAMS["stem"], PARAMS["head"]
+    for params in (dict(zip("01", pair, strict=True)), pair):  # as are the states of the chain
+        layers = dm.layers_by_path(params, [*"01"])
+        roles = dict.fromkeys("01", "hidden")
+        tx = dm.drop_scion(
+            0.1, layers, RADII, momentum=momentum, roles=dm.Roles(roles, has_head=False)
+        )
+        old = state = tx.init(params)
+        for depth in (0, 0, 1):
+            old, (_, state) = state, tx.update(params, state, params, depth=depth)
+        ends.append((old, state))
+    (before, after), of_pairs = ends[0], ends[1][1]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (after, of_pairs)))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    changed = [jax.tree_util.keystr(path) for (path, x), y in leaves if (x != y).any()]
+    assert any("['1']" in path for path in changed)
+    assert not any("['0']" in path for path in changed)
+    freeze = dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=0)
+    if name != "sm3":  # whose lists are not looked into
+        with pytest.raises(ValueError, match=r"The state .* of leaf .* changes"):
+            dm.check_optimizer(optax.chain(momentum, optax.scale(-1.0), freeze), PARAMS, LAYERS)
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_a_wrapper_that_takes_extra_arguments_hands_the_mask_on(around):
     steps = optax.MultiSteps(PARTS["momentum"], 1)

@@ -191,6 +191,8 @@ def test_check_state_tells_of_other_dtypes_other_layers_and_negative_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dm.check_state(tx, jax.tree.map(ocp.utils.to_shape_dtype_struct, PARAMS), state, LAYERS)
+        for of, _ in PAIRED.values():
+            dm.check_state(of, PARAMS, jax.eval_shape(of.init, PARAMS))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 2 else x, state)
     with pytest.warns(UserWarning, match="'head/kernel' is bfloat16 in place of float32"):
         dm.check_state(tx, PARAMS, half)

@@ -111,7 +111,7 @@ class TrainStep:
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._is_stacked = bool(sampler.layers.stacks)
         self._takes_depth = _takes_depth(loss_fn, self._is_stacked)
-        self._is_checked = False
+        self._next_step: int | None = None
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
         self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
@@ -137,11 +137,11 @@ class TrainStep:
                 f"step must be the number of the step, a Python integer, got {describe(step)}: "
                 "step_fn(step, params, opt_state, *args)."
             )
-        if not self._is_checked:
+        if step != self._next_step:  # the first one, or a jump, as of an epoch that starts from 0
             check_call(opt_state, step)
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 and self._next_step is None:
                 self.sampler.check_processes(step, opt_state)
-            self._is_checked = True
+        self._next_step = step + 1
         active = self._draws.active(step, opt_state)
         inputs = self._inputs(params, opt_state, args, kwargs)
         drawn = (self._index[active], None) if self._is_stacked else (None, active)

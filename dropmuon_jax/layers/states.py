@@ -149,8 +149,7 @@ def check_state(
     told: list[str] = []
     leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True)
     for (path, x), like in leaves:
-        is_known = isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
-        if path and path[-1] == GetAttrKey("count") and is_known and (np.asarray(x) < 0).any():
+        if path and path[-1] == GetAttrKey("count") and _is_known(x) and (np.asarray(x) < 0).any():
             raise ValueError(f"opt_state has a negative count: {_name_of(path, params)} is {x}.")
         if (dtype := jnp.result_type(x)) != like.dtype:
             told.append(f"{_name_of(path, params)} is {dtype} in place of {like.dtype}")
@@ -160,6 +159,10 @@ def check_state(
             f"{'; …' if told[3:] else ''}. They are used and kept; cast what should not be so.",
             stacklevel=2,
         )
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
 
 
 def refuse_unfit(state: Any, init: Callable[[Any], Any], params: Any) -> Any:
@@ -208,10 +211,8 @@ def _differences(
         elif isinstance(x, tuple) and not isinstance(y, tuple):
             yield path, "is in it, and does not belong there"
         elif isinstance(x, tuple) and isinstance(y, tuple):
-            (shape, kind), (wanted_shape, wanted_kind) = x, y
-            is_shape = shape != wanted_shape
-            words = (shape, wanted_shape) if is_shape else (kind, wanted_kind)
-            yield path, "is {} in place of {}".format(*words)
+            words = next((of, due) for of, due in zip(x, y, strict=True) if of != due)
+            yield path, "is {} in place of {}".format(*words)  # the shape or the kind
 
 
 def _cause(state: Any, expected: Any, found: list[tuple[KeyPath, str]]) -> str:
@@ -277,7 +278,7 @@ def _check_origin(state: Any, init: Callable[[Any], Any], params: Any) -> None:
         nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "refuse_other"))
         return [node for node in nodes if hasattr(node, "refuse_other")]
 
-    if (given := origins(state)) and not isinstance(jax.tree.leaves(given)[0], Tracer):
+    if (given := origins(state)) and all(map(_is_known, jax.tree.leaves(given))):
         own = jax.jit(lambda: origins(init(optax.tree.zeros_like(params))))()  # and nothing else
         for one, other in zip(*jax.tree.map(np.asarray, (given, own)), strict=True):
             one.refuse_other(other, [])

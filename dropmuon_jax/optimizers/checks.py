@@ -246,8 +246,9 @@ def check_optimizer(
         key = next(filter(at.endswith, keys_of_leaves), None)  # the longest that fits
         if key in frozen:
             path, i = frozen[key]
-            same_shape = np.shape(old) == np.shape(leaves[i])
-            if same_shape and _bytes(old, mask, i) != _bytes(new, mask, i):
+            is_whole = not np.ndim(jax.tree.leaves(mask)[i])  # no stack
+            fits = is_whole or np.shape(old) == np.shape(leaves[i])
+            if fits and _bytes(old, mask, i) != _bytes(new, mask, i):
                 raise ValueError(
                     f"The state {at} of leaf '{path}' changes in a step in which its layer is not "
                     "active: a transformation does not look at layer_mask. Freeze it layer by "

@@ -210,7 +210,7 @@ def role_subtrees(
 
     chain = optax.chain(
         chain_subtrees({role: of_role(role) for role in radii}, labels),
-        *([optax.add_decayed_weights(1.0)] if constrained else []),
+        *([promoting(optax.add_decayed_weights(1.0))] if constrained else []),
         promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 

@@ -239,7 +239,7 @@ def _muon_chain(
         with_prev_params(chain_subtrees(directions, labels), labels, layers)
     ]
     if not (is_python_number(weight_decay) and weight_decay == 0):
-        links.append(optax.add_decayed_weights(weight_decay, decays))
+        links.append(promoting(optax.add_decayed_weights(weight_decay, decays)))
     if auxiliary_learning_rate is learning_rate:
         links.append(promoting(optax.scale_by_learning_rate(learning_rate)))
     else:
