@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,9 +77,9 @@ def test_gains_are_first_order_decreases_averaged_over_active_steps():
             expected[i] += max(0.1, 1 / seen[i]) * (gain - expected[i])
         np.testing.assert_allclose(state.gains, expected, rtol=1e-5)
     assert state.num_active_steps.tolist() == [0, 3, 4]
-    # Two periods of four steps have uniform depths; the second plan is of these gains, and what was
-    # never active may be worth as much as the best.
-    np.testing.assert_allclose(state.probabilities, np.full(3, 1 / 3), rtol=1e-6)
+    # Two periods of four steps have the plan of equal gains; the second plan is of these gains, and
+    # what was never active may be worth as much as the best.
+    np.testing.assert_allclose(state.probabilities, plan_of(np.ones(3)), rtol=1e-6)
     optimistic = np.float32([expected.max(), *expected[1:]])
     plan = jax.jit(make_sampler().distribution.plan)(optimistic)
     np.testing.assert_allclose(state.next_probabilities, plan, rtol=1e-4)
@@ -105,6 +106,18 @@ def test_gains_do_not_depend_on_how_the_learning_rate_changes():
     # A warm-up begins with a step of no length, of which nothing is known.
     warm = run(lambda count: 0.1 * count)
     assert (constant.num_active_steps - warm.num_active_steps).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_seed_may_be_an_argument_of_the_compiled_step(compiled):
+    def step(grads, state, seed):
+        return make_tx(make_sampler(seed=seed)).update(grads, state, PARAMS, depth=1)
+
+    arguments = random_tree(1), make_tx().init(PARAMS), np.uint32(0)
+    jitted = jax.jit(step)
+    run = jitted.lower(*arguments).compile() if compiled else jitted
+    expected = make_tx().update(*arguments[:2], PARAMS, depth=1)
+    chex.assert_trees_all_close(run(*arguments), expected, rtol=1e-6)
 
 
 def test_rows_of_a_stack_gain_like_layers_of_their_own():
@@ -221,8 +234,10 @@ def test_plans_follow_gains_in_proportion_to_costs_down_to_a_floor():
 # --- Draws, from the state or from a reader that does not wait ------------------------------------
 
 
-def test_in_a_run_reader_sampler_and_device_draw_alike_and_begin_with_uniform_depths():
+def test_in_a_run_reader_sampler_and_device_draw_alike_and_begin_with_equal_gains():
     sampler = make_sampler(steps_per_draw=2)
+    of_equal_gains = dm.fixed_depth(plan_of(np.ones(3)).tolist())
+    at_first = dm.DepthSampler(LAYERS, of_equal_gains, seed=0, steps_per_draw=2)
     tx = make_tx(sampler)
     reader, sample, step = PlanReader(sampler), jax.jit(sampler.sample), step_of(tx, donate="state")
     params, state, depths = PARAMS, tx.init(PARAMS), []
@@ -231,13 +246,12 @@ def test_in_a_run_reader_sampler_and_device_draw_alike_and_begin_with_uniform_de
         assert depth == sampler.depth(count, state) == sample(count, state)
         active = (False,) * depth + (True,) * (3 - depth)
         assert reader.active(count, state) == sampler.active(count, state) == active
-        uniform = dm.DepthSampler(LAYERS, UNIFORM, seed=0, steps_per_draw=2)
-        assert count >= 8 or depth == uniform.depth(count)
+        assert count >= 8 or depth == at_first.depth(count)
         depths.append(depth)
         _, params, state = step(params, state, random_tree(count), depth)
     assert set(depths) == {0, 1, 2}
     assert depths[::2] == depths[1::2]
-    assert not np.allclose(state.probabilities, 1 / 3)
+    assert not np.allclose(state.probabilities, plan_of(np.ones(3)))
 
 
 def states_of(seed, num_steps=48):

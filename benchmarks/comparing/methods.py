@@ -57,6 +57,11 @@ class Method:
         return self.name.startswith("drop_")
 
     @property
+    def follows_the_run(self) -> bool:
+        """Whether its depths are planned along the run."""
+        return self.name == "drop_muon_time_aware"
+
+    @property
     def gradients_per_step(self) -> int:
         """Points at which a step takes the gradient of its batch."""
         return 2 if "mvr" in self.name else 1
@@ -81,7 +86,7 @@ class Method:
         """How many different steps there are."""
         return self.task.layers.num_layers if self.drops_layers else 1
 
-    def sampler(self, seed: int, num_steps: int, costs: Sequence[float]) -> dm.DepthSampler:
+    def sampler(self, seed: Any, num_steps: int, costs: Sequence[float]) -> dm.DepthSampler:
         """Of the depths of a run of so many steps, whose costs by depth are known."""
         layers = self.task.layers
         if not self.drops_layers:
@@ -159,16 +164,17 @@ class Method:
                 tx = muon()
         return optax.with_extra_args_support(tx)
 
-    def step(self, depth: int | None) -> Callable[..., Any]:
+    def step(self, depth: int | None, costs: Sequence[float]) -> Callable[..., Any]:
         """A training step, to be compiled; a depth of None is an argument of the step.
 
         Returns:
-            A function of parameters, state, data, the integers of a batch, both learning rates and
-            the depth, which returns parameters and state.
+            A function of parameters, state, data, the integers of a batch, both learning rates, the
+            seed and the depth, which returns parameters and state.
         """
-        task, static_depth, sampler = self.task, depth, self.sampler(0, 1, self._equal_costs)
+        task, static_depth = self.task, depth
 
-        def step(params, opt_state, data, rows, rate, auxiliary_rate, depth):
+        def step(params, opt_state, data, rows, rate, auxiliary_rate, seed, depth):
+            sampler = self.sampler(seed, 1, costs)
             depth = depth if static_depth is None else static_depth
             batch = task.gather(data, rows)
             mask = task.layers.mask(depth)
@@ -191,10 +197,6 @@ class Method:
     @property
     def _takes_mask(self) -> bool:
         return self.drops_layers or (bool(self.task.layers.stacks) and self.name.startswith("muon"))
-
-    @property
-    def _equal_costs(self) -> list[float]:
-        return [1.0] * self.task.layers.num_layers
 
     def _dimension_numbers(self, params: optax.Params) -> Any:
         """For optax.contrib.muon: the matrices of Muon, (…, in, out), stacked where layers are."""

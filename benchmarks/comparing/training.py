@@ -27,7 +27,11 @@ class Track:
         self.methods = {name: Method(name, task, settings) for name in settings.methods}
         self.step_seconds: dict[str, list[float]] = {}
         """Of a step of each method at each depth; empty until they are timed."""
-        self._steps: dict[tuple[str, int | None], Callable[..., Any]] = {}
+        self._steps: dict[Any, Callable[..., Any]] = {}
+
+    def costs(self, method: Method) -> tuple[float, ...]:
+        """Seconds of a step at each depth; until they are measured all are alike."""
+        return tuple(self.step_seconds.get(method.name) or [1.0] * self.task.layers.num_layers)
 
     def take_step(self, method: Method, depth: int, *arguments: Any) -> Any:
         """A step at a depth, by a program that is compiled when it is first needed.
@@ -35,10 +39,11 @@ class Track:
         Where layers are stacked, one program serves every depth.
         """
         static = None if self.task.layers.stacks else depth
-        key = method.kind, static
+        # What plans by costs is another program once they are known.
+        key = method.kind, static, self.costs(method) if method.follows_the_run else None
         arguments = (*arguments, np.int32(depth))
         if key not in self._steps:
-            step = jax.jit(method.step(static), donate_argnums=(0, 1))
+            step = jax.jit(method.step(static, self.costs(method)), donate_argnums=(0, 1))
             self._steps[key] = step.lower(*arguments).compile()
         return self._steps[key](*arguments)
 
@@ -79,7 +84,7 @@ class Track:
     def expected_steps(self, method: Method, budget: float) -> int:
         """Of a run, for schedules of depths that want to know it."""
         costs, resolution = [self.cost(method, d) for d in range(method.num_depths)], 100
-        if len(costs) == 1 or method.name == "drop_muon_time_aware":
+        if len(costs) == 1 or method.follows_the_run:
             return math.ceil(budget / statistics.fmean(costs))
         sampler = method.sampler(0, resolution, costs)
         mean = np.mean([sampler.probabilities(k) for k in range(resolution)], axis=0) @ costs
@@ -99,9 +104,8 @@ class Run:
     def __init__(self, track: Track, method: Method, budget: float, rate: float, seed: int):
         self.track, self.method, self.seed = track, method, seed
         self.budget, self.rate = budget, rate
-        costs = track.step_seconds.get(method.name) or [1.0] * track.task.layers.num_layers
         num_steps = track.expected_steps(method, budget) if track.step_seconds else 1
-        sampler = method.sampler(seed, num_steps, costs)
+        sampler = method.sampler(seed, num_steps, track.costs(method))
         params = method.initial(seed)
         opt_state = method.optimizer(rate, track.settings.auxiliary_rate, sampler).init(params)
         # Buffers of its own, which its steps may overwrite.
@@ -118,7 +122,7 @@ class Run:
         auxiliary = self.track.settings.auxiliary_rate * left
         arguments = (
             *(self.params, self.opt_state, self.track.task.data, next(self.batches)),
-            *(np.float32(own), np.float32(auxiliary)),
+            *(np.float32(own), np.float32(auxiliary), np.uint32(self.seed)),
         )
         self.params, self.opt_state = self.track.take_step(self.method, depth, *arguments)
 

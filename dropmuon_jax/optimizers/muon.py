@@ -208,10 +208,9 @@ def _muon_chain(
     momentum = as_momentum(momentum, layers)
     orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
     auxiliary = optax.scale_by_adam() if auxiliary is None else auxiliary
-    if auxiliary_learning_rate is None:
-        auxiliary_learning_rate = learning_rate
     check_rate("learning_rate", learning_rate)
-    check_rate("auxiliary_learning_rate", auxiliary_learning_rate)
+    if auxiliary_learning_rate is not None:
+        check_rate("auxiliary_learning_rate", auxiliary_learning_rate)
     check_rate("weight_decay", weight_decay)
     check_transformation("auxiliary", auxiliary)
     roles = as_roles(roles)
@@ -240,7 +239,7 @@ def _muon_chain(
     ]
     if not (is_python_number(weight_decay) and weight_decay == 0):
         links.append(promoting(optax.add_decayed_weights(weight_decay, decays)))
-    if auxiliary_learning_rate is learning_rate:
+    if auxiliary_learning_rate is None:
         links.append(promoting(optax.scale_by_learning_rate(learning_rate)))
     else:
         rates = {"matrix": learning_rate, "other": auxiliary_learning_rate}

@@ -129,7 +129,7 @@ class DepthSampler:
     def active(self, step: int, opt_state: Any = None) -> tuple[bool, ...]:
         """The layers of a step, one boolean each, on the host; hashable, so a static argument.
 
-        `layers.subset(active)` is the mask. Arguments and errors are those of :meth:`depth`.
+        The mask is `layers.subset(active)`. Arguments and errors are those of :meth:`depth`.
         """
         return tuple(self.subsets[self.index(step, opt_state)].tolist())
 
@@ -144,19 +144,21 @@ class DepthSampler:
             self._blocks[block] = _block_of_draws(self, block)
         return int(self._blocks[block][offset])
 
-    @functools.cached_property
-    def _blocks(self) -> dict[int, np.ndarray]:
-        return {}
+    _blocks = functools.cached_property[dict[int, np.ndarray]](lambda self: {})
 
-    @functools.cached_property
+    @property
     def drawn_by(self) -> DrawnBy:
         """What an adaptive sampler writes into a state, to be known again."""
-        return drawn_by_of(self)
+        # That of a traced seed belongs to one trace, and is not kept.
+        return drawn_by_of(self) if isinstance(self.seed, Tracer) else self._drawn_by
 
     @functools.cached_property
-    def told(self) -> list[str]:
-        """The warnings that have been given, so that each comes once."""
-        return []
+    def _drawn_by(self) -> DrawnBy:
+        with jax.ensure_compile_time_eval():
+            return drawn_by_of(self)
+
+    # The warnings that have been given, so that each comes once.
+    told = functools.cached_property[list[str]](lambda self: [])
 
     def draw_with(self, probabilities: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """The indices that are drawn in steps with given probabilities, on the host."""
