@@ -310,6 +310,21 @@ def test_a_convolution_that_may_be_of_another_kind_is_refused_until_its_layout_i
         assert not any(refusals(params, {path: numbers}, of=of).values())
 
 
+@pytest.mark.parametrize(("kernel", "bias"), [("kernel", "bias"), ("w", "b")])
+@pytest.mark.parametrize("layout", [None, "in_out", "out_in"])
+def test_a_kernel_beside_a_bias_as_long_as_its_fan_in_is_asked_for_its_layout(kernel, bias, layout):
+    """Transformers' Conv1D keeps kernels (out, in) in Flax, and tutorials keep w so."""
+    shape = (4, 9) if layout == "out_in" else (9, 4)
+    params = {"c_fc": {kernel: jnp.ones(shape), bias: jnp.ones(9)}}
+    of = ("labels", "roles", "table", "muon", "scion", "drop_muon", "plan")
+    found = refusals(params, layout, of=of)
+    words = f"'c_fc/{kernel}'", "length 9"
+    assert all(word in str(x) for x in found.values() for word in words), found
+    for numbers in ({f"c_fc/{kernel}": "out_in"}, {"c_fc": "in_out"}, MuonDimensionNumbers(1, 0)):
+        assert not any(refusals(params, numbers, of=of).values())
+    assert not any(refusals(params, "in_out" if layout == "out_in" else "out_in", of=of).values())
+
+
 def test_a_kernel_of_one_channel_out_beside_its_bias_is_an_ordinary_one():
     for path, shape in {"out_conv": (3, 3, 8, 1), "conv_transpose": (3, 3, 8, 4)}.items():
         params = {path: {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[-1:])}}

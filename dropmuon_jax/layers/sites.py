@@ -23,6 +23,11 @@ from dropmuon_jax.layers.dimension_numbers import (
 )
 from dropmuon_jax.layers.trees import leaf_paths, masked_paths
 
+# Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
+# such a name may be (in, out).
+NAMES_IN_DOUBT = ("weight", "weight_ih", "weight_hh")
+KERNELS = {"kernel", "recurrent_kernel", "w", "w_i", "w_h", *NAMES_IN_DOUBT}
+
 
 class Site(NamedTuple):
     """A leaf where it stands, and what was said of it."""
@@ -49,6 +54,21 @@ class Site(NamedTuple):
         """The leaf at the start of a message that asks for dimension numbers."""
         in_parts = " (of its dm.layers.Parts say it as of=…)" if self.parts else ""
         return f"Leaf '{self.path}' of shape {self.shape}{in_parts}"
+
+    @property
+    def name(self) -> str:
+        """The last component of what it is called."""
+        return self.called.rpartition("/")[2]
+
+    @property
+    def biases(self) -> list[list[int] | None]:
+        """The sides of the biases beside a kernel, which are as long as it has channels out.
+
+        None is for a bias of another chain, beside which the kernel was looked at before.
+        """
+        names = [name for name in ("bias", "b") if self.name in KERNELS and name in self.beside]
+        shapes = [self.beside[name] for name in names]
+        return [None if shape is None else [n for n in shape if n != 1] for shape in shapes]
 
     @property
     def window(self) -> tuple[int, ...]:
