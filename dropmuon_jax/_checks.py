@@ -206,7 +206,7 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
             cure = (
                 "Of an Equinox model give the arrays alone: eqx.filter(model, eqx.is_inexact_array)"
             )
-        elif isinstance(leaf, float):
+        elif isinstance(leaf, float | complex):
             cure = f"Make it an array, jnp.asarray({leaf})"
         elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             cure = (

@@ -96,6 +96,19 @@ def test_a_pattern_comes_before_every_rule_but_leaves_the_vectors_of_a_module_al
     assert labels == {"Dense_0": {"kernel": "head", "bias": "bias"}}
 
 
+@pytest.mark.parametrize(
+    ("numbers", "roles", "words"),
+    [
+        (None, {"w": "matrix"}, "the role 'hidden' or 'head'"),
+        (None, {"w": "muon"}, "the role 'hidden' or 'head'"),
+        ({"w": None}, {}, "roles={…: 'bias'}"),
+    ],
+)
+def test_what_other_libraries_call_a_matrix_or_none_is_refused(numbers, roles, words):
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        dm.muon(0.1, dimension_numbers=numbers, roles=roles).init({"w": jnp.eye(3)})
+
+
 def test_roles_are_values():
     one, two = dm.Roles({"b": "head", "a": "gate"}), dm.Roles({"a": "gate", "b": "head"})
     assert one == two

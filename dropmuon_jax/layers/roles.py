@@ -90,6 +90,11 @@ class Roles:
                 raise TypeError(
                     f"roles maps path patterns to role names, got {pattern!r}: {role!r}."
                 )
+            if role in ("matrix", "muon"):
+                raise ValueError(
+                    f"roles gives '{pattern}' the role {role!r}, which as a role of your own would "
+                    "go to the auxiliary optimizer. Matrices have the role 'hidden' or 'head'."
+                )
             if role not in ROLES and (slip := did_you_mean(role, ROLES)):
                 raise ValueError(
                     f"roles gives '{pattern}' the role {role!r}.{slip} A role of your own needs "

@@ -173,14 +173,13 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
             is_exact = isinstance(numbers, MuonDimensionNumbers | Parts) or path == ""
             if len(shape) == 2 and (isinstance(numbers, Grouped) or numbers in LAYOUTS[2:]):
                 numbers = None  # a layout of convolutions leaves matrices as they are
-        if numbers is not None:
+        if numbers is not None or path in matches:
             check_leaf_numbers(f"dimension_numbers of leaf '{path}'", numbers)
         parts = numbers if isinstance(numbers, Parts) else None
         whole: Any = numbers.of if isinstance(numbers, Parts) else numbers
         is_exact = is_exact and (path == "" or whole is not None)
         if known is not None and not is_exact:
-            whole = whole if whole and len(shape) == 2 else known
-            is_exact = True
+            whole, is_exact = known, True
         near = beside[called.rpartition("/")[0]]
         sites.append(Site(path, called, shape, whole, is_exact, near, module, said, parts))
     return sites
