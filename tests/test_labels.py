@@ -81,7 +81,8 @@ def test_a_network_of_nnx_and_the_table_of_its_roles():
     ],
 )
 def test_leaves_as_they_are_called_in_public_networks(path, shape, role):
-    assert WITHOUT_HEAD.labels({path: jnp.zeros(shape)}) == {path: role}
+    for name in (path, path.replace("/", ".")):  # as in the dict of a model of PyTorch
+        assert WITHOUT_HEAD.labels({name: jnp.zeros(shape)}) == {name: role}
 
 
 def test_a_pattern_comes_before_every_rule_but_leaves_the_vectors_of_a_module_alone():
@@ -102,11 +103,13 @@ def test_a_pattern_comes_before_every_rule_but_leaves_the_vectors_of_a_module_al
         (None, {"w": "matrix"}, "the role 'hidden' or 'head'"),
         (None, {"w": "muon"}, "the role 'hidden' or 'head'"),
         ({"w": None}, {}, "roles={…: 'bias'}"),
+        (None, {"w": "head"}, "'c_fc.weight' of shape (3, 3) may be kept as (out, in"),
     ],
 )
-def test_what_other_libraries_call_a_matrix_or_none_is_refused(numbers, roles, words):
+def test_what_other_libraries_call_a_matrix_or_none_is_refused_or_asked_for(numbers, roles, words):
+    params = {"w": jnp.eye(3), "c_fc.weight": jnp.eye(3)}
     with pytest.raises((TypeError, ValueError), match=re.escape(words)):
-        dm.muon(0.1, dimension_numbers=numbers, roles=roles).init({"w": jnp.eye(3)})
+        dm.muon(0.1, dimension_numbers=numbers, roles=roles).init(params)
 
 
 def test_roles_are_values():

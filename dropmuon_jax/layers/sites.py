@@ -34,7 +34,8 @@ class Site(NamedTuple):
 
     path: str
     called: str
-    """The path without the part of a complex leaf: its words say what the leaf is."""
+    """The path without the part of a complex leaf, with slashes for the dots of PyTorch: its words
+    say what the leaf is."""
     shape: tuple[int, ...]
     numbers: MuonDimensionNumbers | Grouped | Layout | None
     """Its dimension numbers as a whole, if somebody has said them."""
@@ -159,9 +160,10 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
     if by_pattern:
         matches = match_leaves("dimension_numbers", dimension_numbers, paths, elsewhere)
     beside: dict[str, dict[str, tuple[int, ...] | None]] = {}
-    wholes = paths_of_wholes(tree)
+    # The dict of a model of PyTorch has paths with dots.
+    wholes = [path.replace(".", "/") for path in paths_of_wholes(tree)]
     for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(wholes, shapes, strict=True)):
-        module, _, name = path.rpartition("/")
+        module, _, name = path.replace(".", "/").rpartition("/")
         beside.setdefault(module, {})[name] = shape
     sites = []
     of_leaves = zip(paths, wholes, shapes, _said(tree, shapes), strict=True)
