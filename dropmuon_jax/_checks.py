@@ -206,7 +206,7 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
             cure = (
                 "Of an Equinox model give the arrays alone: eqx.filter(model, eqx.is_inexact_array)"
             )
-        elif isinstance(leaf, float):
+        elif isinstance(leaf, float | complex):
             cure = f"Make it an array, jnp.asarray({leaf})"
         elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             cure = (
@@ -245,11 +245,11 @@ def _check_statistics(tree: Any, argument: str) -> None:
     is_index: Any = (lambda node: isinstance(node, eqx.nn.StateIndex)) if eqx else None
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_index)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in nodes]
+    called = [at.replace(".", "/").rpartition("/") for at in names]  # PyTorch has dots
     modules: dict[str, set[str]] = {}
-    for at in names:
-        modules.setdefault(at.rpartition("/")[0], set()).add(at.rpartition("/")[2])
-    for at, (_, node) in zip(names, nodes, strict=True):
-        module, _, name = at.rpartition("/")
+    for module, _, name in called:
+        modules.setdefault(module, set()).add(name)
+    for at, (module, _, name), (_, node) in zip(names, called, nodes, strict=True):
         beside = modules[module]
         of_norm = beside & {"scale", "bias"} or "norm" in module.rpartition("/")[2].lower()
         is_pair = name in ("mean", "var") and {"mean", "var"} <= beside and of_norm

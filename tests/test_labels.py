@@ -81,7 +81,8 @@ def test_a_network_of_nnx_and_the_table_of_its_roles():
     ],
 )
 def test_leaves_as_they_are_called_in_public_networks(path, shape, role):
-    assert WITHOUT_HEAD.labels({path: jnp.zeros(shape)}) == {path: role}
+    for name in (path, path.replace("/", ".")):  # as in the dict of a model of PyTorch
+        assert WITHOUT_HEAD.labels({name: jnp.zeros(shape)}) == {name: role}
 
 
 def test_a_pattern_comes_before_every_rule_but_leaves_the_vectors_of_a_module_alone():
@@ -94,6 +95,21 @@ def test_a_pattern_comes_before_every_rule_but_leaves_the_vectors_of_a_module_al
     dense = {"Dense_0": {"kernel": jnp.eye(3), "bias": jnp.ones(3)}}
     labels = dm.Roles({"Dense_0": "head"}).labels(dense)
     assert labels == {"Dense_0": {"kernel": "head", "bias": "bias"}}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "roles", "words"),
+    [
+        (None, {"w": "matrix"}, "the role 'hidden' or 'head'"),
+        (None, {"w": "muon"}, "the role 'hidden' or 'head'"),
+        ({"w": None}, {}, "roles={…: 'bias'}"),
+        (None, {"w": "head"}, "'c_fc.weight' of shape (3, 3) may be kept as (out, in"),
+    ],
+)
+def test_what_other_libraries_call_a_matrix_or_none_is_refused_or_asked_for(numbers, roles, words):
+    params = {"w": jnp.eye(3), "c_fc.weight": jnp.eye(3)}
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        dm.muon(0.1, dimension_numbers=numbers, roles=roles).init(params)
 
 
 def test_roles_are_values():
@@ -308,6 +324,21 @@ def test_a_convolution_that_may_be_of_another_kind_is_refused_until_its_layout_i
     (path,) = (path for path in params if path.startswith(doubt) and "bias" not in path)
     for numbers in ("transposed", "depthwise", dm.layers.Grouped(1)):
         assert not any(refusals(params, {path: numbers}, of=of).values())
+
+
+@pytest.mark.parametrize(("kernel", "bias"), [("kernel", "bias"), ("w", "b")])
+@pytest.mark.parametrize("layout", [None, "in_out", "out_in"])
+def test_a_kernel_beside_a_bias_as_long_as_its_fan_in_is_asked_for_its_layout(kernel, bias, layout):
+    """Transformers' Conv1D keeps kernels (out, in) in Flax, and tutorials keep w so."""
+    shape = (4, 9) if layout == "out_in" else (9, 4)
+    params = {"c_fc": {kernel: jnp.ones(shape), bias: jnp.ones(9)}}
+    of = ("labels", "roles", "table", "muon", "scion", "drop_muon", "plan")
+    found = refusals(params, layout, of=of)
+    words = f"'c_fc/{kernel}'", "length 9"
+    assert all(word in str(x) for x in found.values() for word in words), found
+    for numbers in ({f"c_fc/{kernel}": "out_in"}, {"c_fc": "in_out"}, MuonDimensionNumbers(1, 0)):
+        assert not any(refusals(params, numbers, of=of).values())
+    assert not any(refusals(params, "in_out" if layout == "out_in" else "out_in", of=of).values())
 
 
 def test_a_kernel_of_one_channel_out_beside_its_bias_is_an_ordinary_one():

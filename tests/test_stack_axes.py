@@ -174,6 +174,19 @@ def test_active_rows_step_and_inactive_ones_keep_every_bit(drawn, is_traced):
             np.testing.assert_array_equal(update, momentum if is_active else np.zeros_like(x))
 
 
+@pytest.mark.parametrize("axis", [1, -1, -2])
+def test_a_depth_is_its_mask_for_leaves_of_any_number_of_axes(axis):
+    front = make_params(3, 4, 5)
+    layers, params = layers_along(axis, front), along(axis, front, front)
+    tx = dm.drop_scion(0.1, layers, RADII)
+    for depth in (2, jnp.int32(2)):
+        of_depth, of_mask = (
+            tx.update(params, tx.init(params), params, **said)
+            for said in ({"depth": depth}, {"layer_mask": layers.mask(depth)})
+        )
+        chex.assert_trees_all_equal(of_depth, of_mask)
+
+
 @pytest.mark.parametrize("is_traced", [True, False])
 @pytest.mark.parametrize("axis", [1, -1, {"kernel": 1, "out": -1, "bias": 0}])
 def test_a_scan_along_any_axes_is_that_along_the_first(axis, is_traced):

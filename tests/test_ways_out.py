@@ -168,7 +168,7 @@ stacked = lambda state: jax.tree.map(lambda x: jnp.stack([x, x]), state)  # noqa
 
 Parts, COMPLEX = dm.layers.Parts, {"a": ONES((3, 3)) + 1j}
 UNEVEN = {"a": ONES((2, 4)), "b": ONES((4, 3))}
-TURNED_STACK = {"blocks": {"w": 0.1 * ONES((4, 3, 4)), "b": ONES((4, 3))}}
+TURNED_STACK = {"blocks": {"w": 0.1 * ONES((4, 3, 4)), "shift": ONES((4, 3))}}
 turned_layers = lambda axis: dm.layers_by_path(  # noqa: E731
     TURNED_STACK, [dm.stacked("blocks", axis=axis)]
 )
@@ -177,7 +177,7 @@ reseeded = dm.DepthSampler(layers, TIMED, seed=1)
 
 
 def turned_loss(axis: int) -> Any:
-    f = lambda h, row: (jnp.tanh(h @ row["w"] + row["b"]), None)  # noqa: E731
+    f = lambda h, row: (jnp.tanh(h @ row["w"] + row["shift"]), None)  # noqa: E731
 
     def loss(params: Any, depth: Any) -> Any:
         depth = turned_layers(axis).stack_depth(depth)

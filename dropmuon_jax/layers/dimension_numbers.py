@@ -116,7 +116,8 @@ def check_leaf_numbers(name: str, numbers: Any) -> None:
         if numbers.of is not None:
             check_leaf_numbers(f"{name}: of", numbers.of)
     elif not isinstance(numbers, MuonDimensionNumbers):
+        hint = " Of a leaf that Muon is not to step, Optax's None, say its role, roles={…: 'bias'}."
         raise TypeError(
             f"{name} must be an optax.contrib.MuonDimensionNumbers, 'in_out' or 'out_in', got "
-            f"{numbers!r}."
+            f"{numbers!r}.{hint if numbers is None else ''}"
         )

@@ -11,12 +11,8 @@ import re
 from collections.abc import Sequence
 
 from dropmuon_jax.layers.dimension_numbers import Grouped
-from dropmuon_jax.layers.sites import Site, cut_of
+from dropmuon_jax.layers.sites import KERNELS, NAMES_IN_DOUBT, Site, cut_of
 
-# Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
-# such a name may be (in, out).
-_NAMES_IN_DOUBT = ("weight", "weight_ih", "weight_hh")
-_KERNELS = {"kernel", "recurrent_kernel", "w", "w_i", "w_h", *_NAMES_IN_DOUBT}
 # A component is called after its last word: `tok_embeddings` is a table, `emb_proj` is none.
 _TABLES = {*"embed embeds embedding embeddings embedder emb embs wte wpe cls table".split()}
 _AFTER_TABLES = {*"token tokens layer lookup in".split()}  # `embed_tokens` is a table
@@ -114,7 +110,7 @@ def kind_of(site: Site) -> tuple[str, str]:
         return "embedding", f"of an {site.module}" if site.said else "its path"
     if of_head:
         return "head", "its path"
-    is_kernel = "/" in site.called and name in _KERNELS
+    is_kernel = "/" in site.called and name in KERNELS
     if _num_sides(site) < 2 and not (is_kernel or site.is_exact):
         return "bias", "an axis of length 1"
     is_extreme = len(site.shape) == 2 and max(site.shape) > _MAX_ASPECT_RATIO * min(site.shape) > 0
@@ -154,15 +150,15 @@ def _is_table(site: Site) -> bool:
     """Whether a leaf is called after a table of embeddings; an error if its path leaves it open."""
     if site.said or not set(site.shape[:-2]) <= {1}:
         return site.said == "table"
-    name = site.called.rpartition("/")[2]
+    name = site.name
     # A kernel is called after its module.
-    called, *around = components(site.called)[name in _KERNELS :] or ((),)
+    called, *around = components(site.called)[name in KERNELS :] or ((),)
     if name in ("kernel", "recurrent_kernel"):
         if _INDICES.isdisjoint(called) or not _is_called_table(called):
             return False
     elif _is_called_table(called):
         return True
-    elif name not in _KERNELS:
+    elif name not in KERNELS:
         is_added = called[-1:] in (("token",), ("tokens",)) or not _POSITIONS.isdisjoint(called)
         if is_added or any(map(_is_called_table, around[:1])):
             return True
@@ -198,7 +194,8 @@ def check_axes(sites: Sequence[Site]) -> None:
             continue
         leaf, say = site.named, f"dimension_numbers={{'{site.path}'"
         is_window = math.prod(site.window) > 1 and not site.is_unreadable
-        if is_window and site.channels[0] == 1 and _is_not_the_first(site, sites):
+        num_in, num_out = site.channels
+        if is_window and num_in == 1 and _is_not_the_first(site, sites):
             raise ValueError(
                 f"{leaf} may be a depthwise convolution, whose channels no matrix may mix, or the "
                 f"first of grey images. Say which: {say}: 'depthwise'}} of (*window, 1, channels), "
@@ -214,10 +211,12 @@ def check_axes(sites: Sequence[Site]) -> None:
                 f"dm.per_layer; of an ensemble say the axes, {say}: "
                 "optax.contrib.MuonDimensionNumbers(reduction_axis=…, output_axis=…)}."
             )
-        if site.numbers is None and site.called.rpartition("/")[2] in _NAMES_IN_DOUBT:
+        is_turned = len(site.shape) == 2 and num_in != num_out and [num_in] in site.biases
+        if is_turned or (site.numbers is None and site.name in NAMES_IN_DOUBT):
+            hint = f", as the bias of length {num_in} beside it says" if is_turned else ""
             raise ValueError(
                 f"{leaf} may be kept as (out, in, *window), as in Equinox and PyTorch, or as "
-                "(*window, in, out), as in Flax. Say it with dimension_numbers='out_in' or "
+                f"(*window, in, out), as in Flax{hint}. Say it with dimension_numbers='out_in' or "
                 f"'in_out', for the whole tree, or by pattern, {{'{site.path}': 'out_in'}}; "
                 "dm.matrix_labels and dm.Roles take them too."
             )
@@ -257,14 +256,11 @@ def _other_kind(site: Site) -> str:
     if site.layout not in ("in_out", "out_in") or isinstance(site.numbers, Grouped):
         return ""
     words = {*itertools.chain(*components(site.called)[:2])}
-    num_in, num_out = site.channels
-    # A bias is as long as there are channels out. That of another chain was looked at before.
-    is_kernel = site.called.rpartition("/")[2] in _KERNELS
-    biases = [site.beside[name] for name in ("bias", "b") if is_kernel and name in site.beside]
-    sizes = [[size for size in bias if size != 1] for bias in biases if bias is not None]
-    if any(size not in ([num_out], []) for size in sizes):
-        return f"convolution of another kind, with a bias of shape {biases[0]} beside it"
-    is_told = bool(biases) and (not sizes or num_in != num_out)
+    (num_in, num_out), biases = site.channels, site.biases
+    for bias in biases:
+        if bias not in ([num_out], [], None):
+            return f"convolution of another kind, with a bias of shape {tuple(bias)} beside it"
+    is_told = bool(biases) and (None in biases or num_in != num_out)
     # Linen's own name, whose kernels are (*window, in, out).
     is_told |= re.search(r"(^|/)ConvTranspose_\d+/kernel$", site.called) is not None
     if not words.isdisjoint(("transpose", "transposed", "deconv")) and not is_told:

@@ -207,6 +207,11 @@ class Layers:
             jax.ShapeDtypeStruct(row_shape(x.shape, axis), x.dtype) for axis, x in pairs
         )
 
+    def flags_of(self, tree: Any, layer_mask: Any) -> Any:
+        """The flags that a mask of the whole parameters has for a tree, which may be a part."""
+        flags = dict(zip(self.leaves, jax.tree.leaves(layer_mask), strict=True))
+        return jax.tree.structure(tree).unflatten(flags[leaf] for leaf in self._leaves_of(tree))
+
     def check_rows(self, layer_mask: Any) -> None:
         """Error for flags along an axis of a leaf that is not stacked so in these layers."""
         made = "Make it with layers.mask(depth) of the same layers."

@@ -43,11 +43,12 @@ class Roles:
     of tables or of attention; a `w` or `weight` in a module of a module that is called after a
     table; a `b` without a kernel beside it; a matrix that is not called `kernel` with one side more
     than 128 times the other; a tree in which no path has a word; and, of what is hidden or a head,
-    an axis whose meaning is in doubt. That is so of a `weight` without a layout, and of four axes
-    unless the window is square, at most 16 wide, and the module is called a convolution (`conv`,
-    `stem`, `patch_embed`, …). It is so of a convolution that may be transposed, depthwise or in
-    groups: it is called so, its bias is not as long as its channels out, or it has one channel in
-    and is not the first. LMOs refuse the same leaves; dimension numbers are the way out.
+    an axis whose meaning is in doubt. That is so of a `weight` without a layout, of a kernel beside
+    a bias as long as its fan-in in place of its fan-out, and of four axes unless the window is
+    square, at most 16 wide, and the module is called a convolution (`conv`, `stem`, `patch_embed`,
+    …). It is so of a convolution that may be transposed, depthwise or in groups: it is called so,
+    its bias is not as long as its channels out, or it has one channel in and is not the first. LMOs
+    refuse the same leaves; dimension numbers are the way out.
 
     A network in which no leaf is a head is an error too: names such as `Dense_3` do not say it. A
     tied embedding, which is also the output layer, is configured by `Roles({"wte": "tied_head"})`.
@@ -88,6 +89,11 @@ class Roles:
             if not isinstance(role, str) or not isinstance(pattern, str):
                 raise TypeError(
                     f"roles maps path patterns to role names, got {pattern!r}: {role!r}."
+                )
+            if role in ("matrix", "muon"):
+                raise ValueError(
+                    f"roles gives '{pattern}' the role {role!r}, which as a role of your own would "
+                    "go to the auxiliary optimizer. Matrices have the role 'hidden' or 'head'."
                 )
             if role not in ROLES and (slip := did_you_mean(role, ROLES)):
                 raise ValueError(

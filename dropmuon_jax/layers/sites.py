@@ -23,13 +23,19 @@ from dropmuon_jax.layers.dimension_numbers import (
 )
 from dropmuon_jax.layers.trees import leaf_paths, masked_paths
 
+# Kernels of Equinox and PyTorch have these names and are (out, in, *window). Elsewhere a leaf of
+# such a name may be (in, out).
+NAMES_IN_DOUBT = ("weight", "weight_ih", "weight_hh")
+KERNELS = {"kernel", "recurrent_kernel", "w", "w_i", "w_h", *NAMES_IN_DOUBT}
+
 
 class Site(NamedTuple):
     """A leaf where it stands, and what was said of it."""
 
     path: str
     called: str
-    """The path without the part of a complex leaf: its words say what the leaf is."""
+    """The path without the part of a complex leaf, with slashes for the dots of PyTorch: its words
+    say what the leaf is."""
     shape: tuple[int, ...]
     numbers: MuonDimensionNumbers | Grouped | Layout | None
     """Its dimension numbers as a whole, if somebody has said them."""
@@ -49,6 +55,21 @@ class Site(NamedTuple):
         """The leaf at the start of a message that asks for dimension numbers."""
         in_parts = " (of its dm.layers.Parts say it as of=…)" if self.parts else ""
         return f"Leaf '{self.path}' of shape {self.shape}{in_parts}"
+
+    @property
+    def name(self) -> str:
+        """The last component of what it is called."""
+        return self.called.rpartition("/")[2]
+
+    @property
+    def biases(self) -> list[list[int] | None]:
+        """The sides of the biases beside a kernel, which are as long as it has channels out.
+
+        None is for a bias of another chain, beside which the kernel was looked at before.
+        """
+        names = [name for name in ("bias", "b") if self.name in KERNELS and name in self.beside]
+        shapes = [self.beside[name] for name in names]
+        return [None if shape is None else [n for n in shape if n != 1] for shape in shapes]
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -139,9 +160,10 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
     if by_pattern:
         matches = match_leaves("dimension_numbers", dimension_numbers, paths, elsewhere)
     beside: dict[str, dict[str, tuple[int, ...] | None]] = {}
-    wholes = paths_of_wholes(tree)
+    # The dict of a model of PyTorch has paths with dots.
+    wholes = [path.replace(".", "/") for path in paths_of_wholes(tree)]
     for path, shape in (*dict.fromkeys(elsewhere).items(), *zip(wholes, shapes, strict=True)):
-        module, _, name = path.rpartition("/")
+        module, _, name = path.replace(".", "/").rpartition("/")
         beside.setdefault(module, {})[name] = shape
     sites = []
     of_leaves = zip(paths, wholes, shapes, _said(tree, shapes), strict=True)
@@ -153,14 +175,13 @@ def sites_of(tree: Any, dimension_numbers: DimensionNumbers | None) -> list[Site
             is_exact = isinstance(numbers, MuonDimensionNumbers | Parts) or path == ""
             if len(shape) == 2 and (isinstance(numbers, Grouped) or numbers in LAYOUTS[2:]):
                 numbers = None  # a layout of convolutions leaves matrices as they are
-        if numbers is not None:
+        if numbers is not None or path in matches:
             check_leaf_numbers(f"dimension_numbers of leaf '{path}'", numbers)
         parts = numbers if isinstance(numbers, Parts) else None
         whole: Any = numbers.of if isinstance(numbers, Parts) else numbers
         is_exact = is_exact and (path == "" or whole is not None)
         if known is not None and not is_exact:
-            whole = whole if whole and len(shape) == 2 else known
-            is_exact = True
+            whole, is_exact = known, True
         near = beside[called.rpartition("/")[0]]
         sites.append(Site(path, called, shape, whole, is_exact, near, module, said, parts))
     return sites

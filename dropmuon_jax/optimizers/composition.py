@@ -93,9 +93,8 @@ def active_layers(
     def update_fn(updates, state, params=None, *, layer_mask=None, depth=None, **extra_args):
         if layer_mask is not None and depth is not None:
             raise TypeError("update() takes layer_mask or depth, and got both.")
-        if depth is not None:  # of these leaves, which may be a part of the parameters
-            flags, units = jax.tree.leaves(layers.mask(depth)), layers.units
-            layer_mask = jax.tree.map(lambda i: flags[units[i].leaves[0]], layers.units_of(updates))
+        if depth is not None:
+            layer_mask = layers.flags_of(updates, layers.mask(depth))
         layer_mask = required_mask(
             layers, updates, layer_mask, extra_args, otherwise=", or depth=depth in its place"
         )
