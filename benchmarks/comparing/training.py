@@ -16,7 +16,8 @@ from comparing.settings import REFERENCE, CompareSettings, MethodName
 from comparing.tasks import Task
 from study import Record, Work
 
-REPETITIONS = 15  # of every step, timed in turns
+TURNS = 8  # of every step
+STEPS_PER_TURN = 6  # in a row: one that follows a smaller step is up to a sixth faster
 
 
 class Track:
@@ -48,24 +49,25 @@ class Track:
         return self._steps[key](*arguments)
 
     def time_steps(self) -> dict[str, list[float]]:
-        """Seconds of one step at each depth; all methods and depths take turns.
+        """Seconds of one step at each depth among its like; all methods and depths take turns.
 
-        The smallest of the repetitions, since whatever else the machine does only adds to it.
+        The smallest of the turns, since whatever else the machine does only adds to it.
         """
         runs = {kind.kind: Run(self, kind, 1, 0.01, 0) for kind in self.methods.values()}
         samples: dict[tuple[str, int], list[float]] = {}
-        depths = {kind: run.method.num_depths for kind, run in runs.items()}
-        rounds = 1 + REPETITIONS  # the first compiles
-        for repetition in range(rounds):
+        for turn in range(1 + TURNS):  # the first compiles
             for kind, run in runs.items():
-                for depth in range(depths[kind]):
-                    said = "timing" if repetition else "compiling"
+                for depth in range(run.method.num_depths):
+                    said = "timing" if turn else "compiling"
                     self.work.say(f"{said} {TITLES[run.method.name]}, depth {depth}")
-                    begin = time.perf_counter()
                     run.step(depth)
                     jax.block_until_ready((run.params, run.opt_state))
-                    if repetition:
-                        samples.setdefault((kind, depth), []).append(time.perf_counter() - begin)
+                    begin = time.perf_counter()
+                    for _ in range(STEPS_PER_TURN if turn else 0):
+                        run.step(depth)
+                    jax.block_until_ready((run.params, run.opt_state))
+                    seconds = (time.perf_counter() - begin) / STEPS_PER_TURN
+                    samples.setdefault((kind, depth), []).extend([seconds] * bool(turn))
         return {
             name: [min(samples[method.kind, depth]) for depth in range(method.num_depths)]
             for name, method in self.methods.items()
