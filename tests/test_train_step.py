@@ -55,7 +55,8 @@ def by_hand(optimizer):
     return step
 
 
-TIME_AWARE = dm.DepthSampler(LAYERS, dm.time_aware_depth([3.0, 2.0, 1.0], steps_per_plan=4), seed=3)
+COSTS = [30.0, 6.0, 1.0]
+TIME_AWARE = dm.DepthSampler(LAYERS, dm.time_aware_depth(COSTS, rate=0.25), seed=3)
 PAIRS = dm.DepthSampler(LAYERS, dm.sampling.fixed_size_subsets(2), seed=3)
 RUNS = {
     "depths": (UNIFORM, make_optimizer()),
