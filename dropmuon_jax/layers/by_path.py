@@ -173,11 +173,12 @@ def _layers_along(
         axes[leaf] = axis + len(shapes[leaf]) if axis < 0 else axis
         sizes[leaf] = dict(enumerate(shapes[leaf])).get(axes[leaf], 0)
         if not sizes[leaf] or sizes[leaf] != sizes[first]:
+            other = f", and '{paths[leaf]}' {shapes[leaf]}" if leaf != first else ""
             raise ValueError(
                 f"The leaves of the stack '{name}' need an axis {axis} of one size, an entry for "
-                f"each layer: '{paths[first]}' has shape {shapes[first]}, and '{paths[leaf]}' "
-                f"{shapes[leaf]}. A leaf that is not stacked belongs to a layer of its own; leaves "
-                "that are stacked along another axis say so, dm.stacked(…, axis=axis)."
+                f"each layer: '{paths[first]}' has shape {shapes[first]}{other}. A leaf that is "
+                "not stacked belongs to a layer of its own; leaves that are stacked along another "
+                "axis say so, dm.stacked(…, axis=axis)."
             )
     return sizes[first], axes
 
