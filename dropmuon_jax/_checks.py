@@ -193,7 +193,8 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
             others = ", ".join(repr(name) for name in node if name != "params")
             raise TypeError(
                 f"{argument} holds {others} beside 'params', as the variables of Flax Linen do, "
-                "and statistics and caches are not trained: give variables['params']."
+                "and statistics and caches are not trained: give variables['params']; if all of it "
+                "is trained, rename 'params'."
             )
     _check_statistics(tree, argument)
     eqx: Any = sys.modules.get("equinox")

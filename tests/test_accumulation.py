@@ -148,7 +148,7 @@ WRONG = {
     "another number": (accumulate(dm.drop_muon(0.1, LAYERS), make_sampler(2)), make_sampler(3)),
     "forgotten": (accumulate(dm.drop_muon(0.1, LAYERS), make_sampler(2)), make_sampler(1)),
     "time-aware": (
-        dm.record_gains(accumulate(dm.drop_muon(0.1, LAYERS), make_sampler(2)), TIME_AWARE),
+        accumulate(dm.record_gains(dm.drop_muon(0.1, LAYERS), TIME_AWARE), make_sampler(2)),
         TIME_AWARE,
     ),
     "skips": (around(SKIPPING), make_sampler(2)),
@@ -167,6 +167,22 @@ def test_what_could_mix_depths_is_an_error_of_train_step(name):
     for run in (functools.partial(step_fn, 0), step_fn.compile):
         with pytest.raises(ValueError, match=match):
             run(PARAMS, state, jnp.ones((2, 3)))
+
+
+def test_gathered_gradients_are_no_gains():
+    tx = dm.record_gains(accumulate(dm.drop_muon(0.1, LAYERS), make_sampler(2)), TIME_AWARE)
+    with pytest.raises(TypeError, match=r"inner accumulates, by .* or dm\.accumulate: gather"):
+        tx.init(PARAMS)
+
+
+def test_a_layer_of_which_nothing_counts_does_not_move_by_its_momentum():
+    tx = accumulate(dm.drop_muon(0.1, LAYERS), make_sampler(2), **FINITE)
+    ones, state, updates = jax.tree.map(jnp.ones_like, PARAMS), tx.init(PARAMS), None
+    for grads, depth in ((ones, 0), (ones, 0), (ones, 1), (jax.tree.map(jnp.log, ones), 0)):
+        bad = depth == 0 and grads is not ones
+        grads = jax.tree.map(lambda g, bad=bad: g * jnp.nan if bad else g, grads)
+        updates, state = tx.update(grads, state, PARAMS, layer_mask=LAYERS.mask(depth))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
 
 
 def test_a_run_goes_on_in_the_call_in_which_it_stopped():

@@ -204,3 +204,13 @@ def test_check_state_tells_of_other_dtypes_other_layers_and_negative_counts():
         dm.check_state(tx, PARAMS, negative)
     with pytest.raises(ValueError, match=REFUSED):
         dm.check_state(MULTI, PARAMS, MULTI.init(PARAMS)[:2])
+
+
+def test_a_path_that_ends_like_another_is_of_its_own_layer():
+    params = {"block": {"norm": {"scale": jnp.ones(2)}, "w": jnp.eye(2)}, "norm": jnp.ones(2)}
+    params["norm"] = {"scale": params["norm"]}
+    layers = dm.layers_by_path(params, ["block", "/norm"])
+    tx = dm.per_layer(optax.scale_by_adam(), layers)
+    dm.check_state(tx, params, tx.init(params), layers)
+    with pytest.raises(ValueError, match="made for other layers"):
+        dm.check_state(tx, params, tx.init(params), dm.layers_by_path(params, ["/norm", "block"]))

@@ -14,12 +14,7 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-from dropmuon_jax.layers.dimension_numbers import LAYOUTS
-from dropmuon_jax.layers.dimension_numbers import DimensionNumbers as DimensionNumbers
-from dropmuon_jax.layers.dimension_numbers import LeafNumbers as LeafNumbers
-from dropmuon_jax.layers.dimension_numbers import (
-    check_dimension_numbers as check_dimension_numbers,
-)
+from dropmuon_jax.layers.dimension_numbers import LAYOUTS, DimensionNumbers
 from dropmuon_jax.layers.kinds import check_axes
 from dropmuon_jax.layers.sites import Cut, Site, cut_of, sites_of
 from dropmuon_jax.layers.trees import leaf_paths
@@ -95,7 +90,7 @@ def matrix_axes(
     given: Any = structure, tuple(leaf.shape for leaf in leaves), by_pattern, said, vectors
     try:
         hash(given)
-    except TypeError:  # a module of Equinox with a static field that has no hash
+    except TypeError:  # numbers of axes in lists, or a module with a static field without a hash
         return _matrix_axes.__wrapped__(*given)
     return _matrix_axes(*given)
 

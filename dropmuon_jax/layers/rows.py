@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
-from dropmuon_jax.layers.trees import leaf_keys
+from dropmuon_jax.layers.trees import is_static, leaf_keys
 
 
 class Leaf(NamedTuple):
@@ -157,3 +157,17 @@ def one_by_one(
 def _is_placed(x: Any) -> bool:
     """Whether an array's type says where it is, as explicit axes and `jax.shard_map` do."""
     return any(kind.name != "Auto" for kind in jax.typeof(x).sharding.mesh.axis_types or ())
+
+
+def active_layers(
+    num_layers: int, places: Sequence[tuple[int, ...]], mask: Any
+) -> Bool[Array | np.ndarray, " num_layers"]:
+    """An entry for each layer, from the layers of each leaf; NumPy's where the mask is static."""
+    flags: list[Any] = [False] * num_layers
+    for flag, of_leaf in zip(jax.tree.leaves(mask), places, strict=True):
+        rows = flag.ravel() if np.ndim(flag) else [flag] * len(of_leaf)
+        for layer, row in zip(of_leaf, rows, strict=True):
+            flags[layer] = row
+    if all(map(is_static, flags)):
+        return np.array(flags, bool)
+    return jnp.stack([jnp.asarray(flag, bool) for flag in flags])

@@ -287,13 +287,14 @@ def _check_origin(state: Any, init: Callable[[Any], Any], params: Any) -> None:
 def _check_units(expected: Any, params: Any, layers: Layers) -> None:
     """Error unless what a state keeps layer by layer is of these layers."""
     units = jax.tree.leaves(layers.units_of(params))
-    known = list(zip(leaf_keys(params), leaf_paths(params), units, strict=True))
+    leaves = zip(leaf_keys(params), leaf_paths(params), units, strict=True)
+    known = sorted(leaves, key=lambda of: -len(of[0]))  # `block/norm/scale` before `norm/scale`
     for _, node in optax.tree.get_all_with_path(expected, "PerLayerState"):
         for index, of_layer in enumerate(node.inner_states):
             for key in leaf_keys(of_layer):
-                for of, path, unit in known:
-                    if unit != index and of and key.endswith(of):
-                        raise ValueError(
-                            f"The optimizer was made for other layers: it keeps '{path}' in its "
-                            f"layer {index}, and these layers have it in {unit}."
-                        )
+                fits = (of[1:] for of in known if of[0] and key.endswith(of[0]))
+                if (found := next(fits, ("", index)))[1] != index:
+                    raise ValueError(
+                        f"The optimizer was made for other layers: it keeps '{found[0]}' in "
+                        f"its layer {index}, and these layers have it in {found[1]}."
+                    )

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dropmuon_jax._checks import check_choice, check_floating, check_positive, describe
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, LeafNumbers
 from dropmuon_jax.layers.matrices import (
-    DimensionNumbers,
-    LeafNumbers,
     MatrixAxes,
     MatrixShape,
     joined,

@@ -13,8 +13,8 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
 from dropmuon_jax.layers.layers import Layers, check_layers
-from dropmuon_jax.layers.matrices import DimensionNumbers
 from dropmuon_jax.layers.roles import Roles, as_roles
 from dropmuon_jax.layers.trees import leaf_keys, leaf_paths
 from dropmuon_jax.norms.norm import Norm

@@ -20,8 +20,8 @@ from dropmuon_jax._checks import (
 )
 from dropmuon_jax.layers.by_path import match_leaves
 from dropmuon_jax.layers.complex_leaves import refuse_split_by_optax
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers, check_layers
-from dropmuon_jax.layers.matrices import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.roles import Roles
 from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import leaf_paths, mask_in_force

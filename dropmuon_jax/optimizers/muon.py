@@ -14,8 +14,8 @@ from dropmuon_jax._checks import (
     is_python_number,
 )
 from dropmuon_jax._counterparts import names_counterparts
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
 from dropmuon_jax.layers.layers import Layers, check_layers
-from dropmuon_jax.layers.matrices import DimensionNumbers
 from dropmuon_jax.layers.prefixes import fitted_prefix, remembered_labels
 from dropmuon_jax.layers.roles import Roles, as_roles, matrix_labels
 from dropmuon_jax.layers.trees import is_static

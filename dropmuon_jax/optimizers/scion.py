@@ -11,8 +11,8 @@ import optax
 from jax.core import Tracer
 
 from dropmuon_jax._counterparts import names_counterparts
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
 from dropmuon_jax.layers.layers import Layers, check_layers
-from dropmuon_jax.layers.matrices import DimensionNumbers
 from dropmuon_jax.layers.roles import ROLES, Roles, as_roles
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.optimizers.composition import (

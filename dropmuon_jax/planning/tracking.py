@@ -14,14 +14,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import describe, static_int
-from dropmuon_jax.layers.matrices import (
-    DimensionNumbers,
-    MatrixAxes,
-    check_dimension_numbers,
-    matrix_shape,
-    parts_of,
-    to_matrices,
-)
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
+from dropmuon_jax.layers.matrices import MatrixAxes, matrix_shape, parts_of, to_matrices
 from dropmuon_jax.layers.trees import map_active, restructure_like
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.orthogonalize.batches import execution

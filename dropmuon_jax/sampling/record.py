@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.rows import active_layers
 from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import is_static, resolve_mask
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
@@ -97,10 +98,10 @@ def record_gains(
 ) -> optax.GradientTransformationExtraArgs:
     """Records what each layer's updates gain, and plans the draws of an adaptive sampler by it.
 
-    A gain is −⟨gradient, update⟩ of a layer over Σ|u| of the update of the last layer, which is
-    active at every depth: so layers that are seldom active are not taken for more because the
-    learning rate was higher then, nor for less in a warm-up. (In a step without the last layer its
-    latest length counts.)
+    A gain is −⟨gradient, update⟩ of a layer over the length of the step, Σ|u| of the update of the
+    last layer, which is active at every depth and must move: so layers that are seldom active are
+    not taken for more because the learning rate was higher then, nor for less in a warm-up. (In a
+    step without the last layer its latest length counts.)
 
     Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside.
     `optax.MultiSteps` goes neither around nor inside: gather gradients in the step itself.
@@ -145,8 +146,13 @@ def record_gains(
     def init_fn(params: optax.Params) -> LayerGainsState:
         check_parameters(params)
         layers.rows_of(params)  # an error if a leaf is in no layer
-        if nodes(inner_state := init(params), optax.MultiStepsState):  # which gain 0 in between
-            raise TypeError("inner holds an optax.MultiSteps: gather gradients in the step itself.")
+        inner_state = init(params)  # one that gathers would gain 0 in between
+        gathered = optax.tree.get_all_with_path(inner_state, "AccumulatedState")
+        if nodes(inner_state, optax.MultiStepsState) or gathered:
+            raise TypeError(
+                "inner accumulates, by optax.MultiSteps or dm.accumulate: gather gradients in the "
+                "step itself."
+            )
         ones = jnp.ones(layers.num_layers, jnp.float32)
         first = jnp.asarray(distribution.plan_with(ones, sampler.drawn_by.layer_costs), jnp.float32)
         return LayerGainsState(
@@ -170,7 +176,7 @@ def record_gains(
         mask = resolve_mask(mask, updates, rest, takes_rows=bool(layers.stacks))
         grads, leaf_layers = updates, layers.rows_of(updates)
         updates, inner_state = update(grads, state.inner_state, params, **extra_args)
-        is_active, last = _active_layers(layers, leaf_layers, mask), layers.num_layers - 1
+        is_active, last = active_layers(layers.num_layers, leaf_layers, mask), layers.num_layers - 1
         flags = jax.tree.leaves(mask)
         of_last = [last in of and flag for flag, of in zip(flags, leaf_layers, strict=True)]
         length = _sums(layers, of_last, jnp.abs, updates)[last]
@@ -204,20 +210,6 @@ def record_gains(
         )
 
     return checked_transformation(init_fn, update_fn)
-
-
-def _active_layers(
-    layers: Layers, leaf_layers: Sequence[tuple[int, ...]], mask: Any
-) -> Bool[Array, " num_layers"] | np.ndarray:
-    """An entry for each layer; NumPy's where the mask is static."""
-    flags: list[Any] = [False] * layers.num_layers
-    for flag, of_leaf in zip(jax.tree.leaves(mask), leaf_layers, strict=True):
-        rows = flag.ravel() if np.ndim(flag) else None
-        for row, layer in enumerate(of_leaf):
-            flags[layer] = flag if rows is None else rows[row]
-    if all(map(is_static, flags)):
-        return np.array(flags, bool)
-    return jnp.stack([jnp.asarray(flag, bool) for flag in flags])
 
 
 def _sums(

@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from dropmuon_jax._checks import check_choice, check_positive, check_transformation, describe
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
 from dropmuon_jax.layers.layers import Layers
-from dropmuon_jax.layers.matrices import DimensionNumbers, MatrixAxes, matrix_axes, parts_of
+from dropmuon_jax.layers.matrices import MatrixAxes, matrix_axes, parts_of
 from dropmuon_jax.layers.roles import Roles, matrix_labels
 from dropmuon_jax.layers.trees import leaf_paths, resolve_mask
 from dropmuon_jax.orthogonalize.batches import Orthogonalize

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
 from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.rows import active_layers
 from dropmuon_jax.layers.states import checked_transformation, state_like
 from dropmuon_jax.layers.trees import is_static, resolve_whole_mask, where_active
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
@@ -161,7 +162,8 @@ def accumulate(
 
         before = state.counted & (call > 0)
         is_this = np.arange(num_calls)[:, None] == call
-        counted = jnp.where(is_this, (counts & _active_layers(layers, mask))[None], before)
+        active = jnp.asarray(active_layers(layers.num_layers, layers.rows_of(mask), mask))
+        counted = jnp.where(is_this, (counts & active)[None], before)
         weight_before, weight = (_by_leaf(layers, rows, updates) for rows in (before, counted))
 
         def add(flag: Any, total: Array, grad: Array, old: Array) -> Array:
@@ -175,9 +177,9 @@ def accumulate(
             return _if_active(flag, average.astype(grad.dtype))
 
         sums = {n: jax.tree.map(add, mask, sums[n], grads[n], weight_before) for n in grads}
-        means = {n: jax.tree.map(mean, mask, sums[n], grads[n], weight) for n in grads}
 
         def step() -> tuple[Any, Any]:
+            means = {n: jax.tree.map(mean, mask, sums[n], grads[n], weight) for n in grads}
             given = {**extra_args, **means}
             new = inner.update(given.pop("updates"), state.inner_state, params, **given)
             return new[0], state_like(state.inner_state, new[1])
@@ -187,8 +189,13 @@ def accumulate(
             zeros = jax.tree.map(lambda g, u: jnp.full_like(g, -0.0, dtype=u.dtype), updates, like)
             return zeros, state.inner_state
 
-        steps = (call == num_calls - 1) & jnp.any(counted)
-        new_updates, inner_state = jax.lax.cond(steps, step, wait)
+        # A layer of which nothing counts would move by its momentum.
+        are_known = jnp.any(counted, axis=0) | ~active
+        steps = (call == num_calls - 1) & jnp.any(counted) & jnp.all(are_known)
+        if isinstance(steps, Tracer):
+            new_updates, inner_state = jax.lax.cond(steps, step, wait)
+        else:  # where a conditional of new functions would be compiled in every call
+            new_updates, inner_state = step() if to_host(steps) else wait()
         return new_updates, AccumulatedState(
             inner_state,
             jnp.asarray(optax.safe_increment(state.count)),
@@ -205,16 +212,6 @@ def _if_active(flag: Any, grad: Array) -> Array:
     if not is_static(flag):
         return where_active(flag, grad, 0)
     return grad if flag else jnp.zeros_like(grad)
-
-
-def _active_layers(layers: Layers, mask: Any) -> Bool[Array, " num_layers"]:
-    """An entry for each layer; those that are in no leaf are False."""
-    flags: list[Any] = [False] * layers.num_layers
-    for flag, of_leaf in zip(jax.tree.leaves(mask), layers.rows_of(mask), strict=True):
-        rows = flag.ravel() if np.ndim(flag) else [flag] * len(of_leaf)
-        for layer, row in zip(of_leaf, rows, strict=True):
-            flags[layer] = row
-    return jnp.stack([jnp.asarray(flag, bool) for flag in flags])
 
 
 def _by_leaf(layers: Layers, counted: Bool[Array, "micro_batches layers"], tree: Any) -> Any:
