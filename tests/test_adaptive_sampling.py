@@ -541,7 +541,7 @@ def test_a_state_that_cannot_be_drawn_by_is_refused(call, match):
         (lambda: make_tx().init({**PARAMS, "tail": np.ones(2)}), "'tail' is in no layer"),
         (
             lambda: dm.record_gains(MULTISTEPS, make_sampler()).init(PARAMS),
-            r"optax\.MultiSteps: gather gradients in the step itself",
+            r"dm\.accumulate: gather gradients in the step itself",
         ),
         (lambda: dm.time_aware_depth([1.0, -1.0]), "must be positive"),
         (lambda: dm.time_aware_depth([1.0], floor=2.0), r"floor must lie in \[0, 1\]"),
