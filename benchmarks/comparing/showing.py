@@ -196,6 +196,8 @@ def _scale(axes: Axes, record: Record) -> None:
     axes.set_ylabel("test " + _words(record))
     if record["measure"] == "loss":
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         return
     above, low = 100 + NEVER_MISSES, axes.get_ylim()[0]
     high = above - 0.6 * (above - axes.dataLim.y1)
