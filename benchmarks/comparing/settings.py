@@ -44,7 +44,7 @@ class CompareSettings(Settings):
     unit: Unit = "seconds"
     """What all spend the same of: steps; gradients, of which variance reduction takes two a step;
     or seconds, a step at each depth counting as what it took when steps were timed in turns."""
-    budgets: Ascending[Count] = (120,)
+    budgets: Ascending[Count] = (30, 120)
     """What each spends, in full steps of muon. Every method runs once for each budget, and its
     learning rate falls linearly to 0 as the budget is spent."""
     rates: Ascending[Positive] = (0.05,)

@@ -27,7 +27,7 @@ class Grouped(NamedTuple):
         >>> tx = dm.newton_schulz_lmo(dimension_numbers={"conv": dm.layers.Grouped(2)})
         >>> step = tx.update(params, tx.init(params))[0]["conv"]["kernel"]
         >>> first, second = jnp.linalg.norm(step.reshape(18, 2, 4), axis=(0, 2))
-        >>> print(jnp.isclose(first, second, rtol=1e-3))
+        >>> print(jnp.isclose(first, second, rtol=1e-2))
         True
     """
 

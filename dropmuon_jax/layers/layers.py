@@ -204,7 +204,7 @@ class Layers:
         arrays, treedef = jax.tree.flatten(tree)
         pairs = zip(self.row_axes_of(tree), arrays, strict=True)
         return treedef.unflatten(
-            jax.ShapeDtypeStruct(row_shape(x.shape, axis), x.dtype) for axis, x in pairs
+            jax.ShapeDtypeStruct(row_shape(x.shape, axis), jnp.result_type(x)) for axis, x in pairs
         )
 
     def flags_of(self, tree: Any, layer_mask: Any) -> Any:

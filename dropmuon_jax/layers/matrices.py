@@ -200,7 +200,7 @@ def parts_of(leaf: jax.Array, axes: MatrixAxes) -> list[jax.Array]:
 
 def part_shapes(leaf: jax.Array, axes: MatrixAxes) -> list[MatrixShape]:
     """Fan-in, fan-out and window of the matrices of each part of a leaf."""
-    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # wherever the leaf lies
+    shape = jax.ShapeDtypeStruct(leaf.shape, np.float32)  # wherever the leaf lies
     parts = jax.eval_shape(functools.partial(parts_of, axes=axes), shape)
     return [matrix_shape(part, axes.of_part) for part in parts]
 
