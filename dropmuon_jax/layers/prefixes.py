@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import KeyPath, tree_flatten_with_path
 
+from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.trees import NNX_VALUE, difference, leaf_paths
 
 
@@ -84,3 +85,12 @@ def _fit(name: str, given: Any, tree: Any) -> Any:
 def _short(path: KeyPath) -> KeyPath:
     """The path without the `.value` of an NNX variable, which pure states do not have."""
     return path[:-1] if path and path[-1] == NNX_VALUE else path
+
+
+def given_mask(layers: Layers, tree: Any, layer_mask: Any, depth: Any) -> Any:
+    """The mask that an update was given, as such or by a depth; None if it was given none."""
+    if depth is None:
+        return layer_mask
+    if layer_mask is not None:
+        raise TypeError("update() takes layer_mask or depth, and got both.")
+    return layers.flags_of(tree, layers.mask(depth))

@@ -22,6 +22,7 @@ from dropmuon_jax.layers.by_path import match_leaves
 from dropmuon_jax.layers.complex_leaves import refuse_split_by_optax
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers, check_layers
+from dropmuon_jax.layers.prefixes import given_mask
 from dropmuon_jax.layers.roles import Roles
 from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import leaf_paths, mask_in_force
@@ -91,12 +92,9 @@ def active_layers(
         return inner.init(params)
 
     def update_fn(updates, state, params=None, *, layer_mask=None, depth=None, **extra_args):
-        if layer_mask is not None and depth is not None:
-            raise TypeError("update() takes layer_mask or depth, and got both.")
-        if depth is not None:
-            layer_mask = layers.flags_of(updates, layers.mask(depth))
+        given = given_mask(layers, updates, layer_mask, depth)
         layer_mask = required_mask(
-            layers, updates, layer_mask, extra_args, otherwise=", or depth=depth in its place"
+            layers, updates, given, extra_args, otherwise=", or depth=depth in its place"
         )
         new_updates, new_state = inner.update(
             updates, state, params, layer_mask=layer_mask, **extra_args

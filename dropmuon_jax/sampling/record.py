@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.prefixes import given_mask
 from dropmuon_jax.layers.rows import active_layers
 from dropmuon_jax.layers.states import checked_transformation
 from dropmuon_jax.layers.trees import is_static, resolve_mask
@@ -168,11 +169,7 @@ def record_gains(
 
     def update_fn(updates, state, params=None, **extra_args):
         rest = dict(extra_args)
-        mask, depth = rest.pop("layer_mask", None), rest.get("depth")
-        if depth is not None:
-            if mask is not None:
-                raise TypeError("update() got both layer_mask and depth: give one of the two.")
-            mask = layers.mask(depth)
+        mask = given_mask(layers, updates, rest.pop("layer_mask", None), rest.get("depth"))
         mask = resolve_mask(mask, updates, rest, takes_rows=bool(layers.stacks))
         grads, leaf_layers = updates, layers.rows_of(updates)
         updates, inner_state = update(grads, state.inner_state, params, **extra_args)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from dropmuon_jax._checks import check_parameters, check_transformation, describe
 from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.layers.layers import Layers
+from dropmuon_jax.layers.prefixes import given_mask
 from dropmuon_jax.layers.rows import active_layers
 from dropmuon_jax.layers.states import checked_transformation, state_like
 from dropmuon_jax.layers.trees import is_static, resolve_whole_mask, where_active
@@ -141,9 +142,8 @@ def accumulate(
 
     def update_fn(updates, state, params=None, *, layer_mask=None, depth=None, **extra_args):
         if depth is not None:
-            if layer_mask is not None:
-                raise TypeError("update() takes layer_mask or depth, and got both.")
-            layer_mask = resolve_whole_mask(layers.mask(depth), updates)
+            layer_mask = given_mask(layers, updates, layer_mask, depth)
+            layer_mask = resolve_whole_mask(layer_mask, updates)
         mask = jax.tree.map(lambda _: True, updates) if layer_mask is None else layer_mask
         extra_args |= {} if layer_mask is None else {"layer_mask": mask}
         extra_args = with_second_gradient(extra_args, updates)
