@@ -83,7 +83,7 @@ COMPILED_STEPS: list[str] = []
 
 @jax.monitoring.register_event_duration_secs_listener
 def _listen(name: str, *_: Any, fun_name: str = "", **__: Any) -> None:
-    if name == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(_train_step)":
+    if name == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(train_step)":
         COMPILED_STEPS.append(fun_name)
 
 

@@ -110,7 +110,7 @@ def test_a_run_has_the_parameters_states_and_gains_of_the_first_axis(name, axis,
         for step in range(6):
             params, state, value = step_fn(step, params, state)
             losses.append(value)
-        assert step_fn._jitted._cache_size() == 1
+        assert step_fn.num_compiled() == 1
         return params, state, losses
 
     result, expected = run(axis), along(axis, run(0), front)

@@ -79,7 +79,23 @@ def test_it_is_the_parts_bit_for_bit(sampler, optimizer):
         chex.assert_trees_all_equal(tuple(ours), tuple(theirs))
         for name in (name for name, on in zip(NAMES, active, strict=True) if not on):
             assert before[name]["bias"].tobytes() == ours[0][name]["bias"].tobytes()
-    assert step_fn._jitted._cache_size() == 3
+    assert step_fn.num_compiled() == 3
+
+
+def test_frozen_arrays_are_handed_on_and_never_pass_through_the_executable():
+    last = dm.DepthSampler(LAYERS, dm.fixed_depth([0.0, 0.0, 1.0]), seed=0)
+    optimizer, params = make_optimizer(), jax.device_put(make_params(), jax.devices()[0])
+    step_fn = dm.train_step(loss_fn, optimizer, last)
+    params, state, _ = step_fn(0, params, optimizer.init(params), X)
+    before = jax.tree.leaves((params, state))
+    num_results = len(jax.tree.leaves(step_fn.trace_depth(2, params, state, X).out_info)) - 1
+    params, state, _ = step_fn(1, params, state, X)
+    same = [old is new for old, new in zip(before, jax.tree.leaves((params, state)), strict=True)]
+    assert [old.is_deleted() for old in before] == [not is_same for is_same in same]
+    assert same.count(False) == num_results
+    is_frozen = [not on for on in jax.tree.leaves(LAYERS.mask(2))]
+    assert same[: len(is_frozen)] == is_frozen
+    assert sum(same) > 2 * sum(is_frozen)  # their momentum and moments as well
 
 
 def count_compilations(step_fn, params, state, *args):

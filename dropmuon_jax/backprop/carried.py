@@ -1,13 +1,83 @@
-"""What steps carry on: parameters and state, in the types and places in which they are returned."""
+"""What steps carry on, parameters and state: what of it changes, in which types and places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_COMMITTED, _WEAK = attrgetter("committed"), attrgetter("weak_type")
+
+
+class ChangingOnly:
+    """A step whose program is given what it changes, to overwrite it, and returns only that.
+
+    What comes out as it went in, the parameters and the momentum of frozen layers, is handed on
+    without the executable: as a donated argument and a result it would cost a microsecond a leaf.
+
+    Args:
+        step: A function of `(carried, others, static)` that returns a new `carried` and more.
+        carried: To trace it with; shapes do as well.
+        others: Likewise.
+        static: What it is compiled for.
+        donate: Whether what changes is overwritten.
+        shardings: Of each leaf of `carried`, or None; and of the second result.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., tuple[Any, Any]],
+        carried: Any,
+        others: Any,
+        static: Any,
+        *,
+        donate: bool,
+        shardings: tuple[Sequence[Any] | None, Any],
+    ):
+        whole: Any = jax.jit(step, static_argnums=2, inline=True)
+        program = whole.trace(carried, others, static).jaxpr.jaxpr
+        tree = jax.tree.structure(carried)
+        self._changes = tuple(
+            new is not old
+            for new, old in zip(program.outvars[: tree.num_leaves], program.invars, strict=False)
+        )
+        self._stays = tuple(not changes for changes in self._changes)
+
+        def train_step(changing: list[Any], kept: list[Any], others: Any, static: Any) -> Any:
+            before = jax.tree.unflatten(tree, self._merge(changing, kept))
+            after, more = whole(before, others, static)  # as traced above: not traced again
+            return list(compress(jax.tree.leaves(after), self._changes)), more
+
+        options: dict[str, Any] = {"donate_argnums": 0 if donate else ()}
+        of_leaves, of_more = shardings
+        if of_leaves is not None:
+            of_changing, of_kept = self._split(of_leaves)
+            options["in_shardings"] = of_changing, of_kept, None
+            options["out_shardings"] = of_changing, of_more
+        self._jitted: Any = jax.jit(train_step, static_argnums=3, **options)
+        self.num_compiled: Callable[[], int] = self._jitted._cache_size
+
+    def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
+        """The leaves of the new `carried`, and the step's second result."""
+        changing, kept = self._split(leaves)
+        changed, more = self._jitted(changing, kept, others, static)
+        return self._merge(changed, kept), more
+
+    def trace(self, leaves: Sequence[Any], others: Any, static: Any) -> jax.stages.Traced:
+        """The program, for arrays or for their shapes."""
+        return self._jitted.trace(*self._split(leaves), others, static)
+
+    def _split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return list(compress(leaves, self._changes)), list(compress(leaves, self._stays))
+
+    def _merge(self, changing: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+        of_each = iter(kept), iter(changing)
+        return [next(of_each[changes]) for changes in self._changes]
 
 
 def as_returned(carried: Any, others: Any, shardings: Any) -> Any:
@@ -18,6 +88,8 @@ def as_returned(carried: Any, others: Any, shardings: Any) -> Any:
     cloned ones are, since it cannot be donated twice.
     """
     leaves = jax.tree.leaves(carried)
+    if _is_as_returned(leaves):
+        return carried
     if any(getattr(x, "weak_type", False) for x in leaves):
         carried = jax.tree.map(_strong, carried)
     if len({*map(id, leaves)}) < len(leaves):
@@ -32,6 +104,15 @@ def as_returned(carried: Any, others: Any, shardings: Any) -> Any:
     if len(devices) != 1:  # with arrays on several, JAX says what does not fit
         return carried
     return _put(carried, jax.device_put(np.int32(0), *devices).sharding)
+
+
+def _is_as_returned(leaves: Sequence[Any]) -> bool:
+    """Whether there is nothing to do: asked in every step, and so by loops that run in C."""
+    try:
+        as_put = all(map(_COMMITTED, leaves)) and not any(map(_WEAK, leaves))
+    except AttributeError:  # of what is no array yet
+        return False
+    return as_put and len({*map(id, leaves)}) == len(leaves)
 
 
 def _once(seen: set[int]) -> Callable[[Any], Any]:

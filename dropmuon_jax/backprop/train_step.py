@@ -15,7 +15,7 @@ import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
 from dropmuon_jax._counterparts import names_counterparts
-from dropmuon_jax.backprop.carried import as_returned
+from dropmuon_jax.backprop.carried import ChangingOnly, as_returned
 from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
 from dropmuon_jax.backprop.traced_depth import check_sampler
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
@@ -60,7 +60,8 @@ def train_step(
             it still changes its state of inactive layers, as :func:`check_optimizer` finds out.
         sampler: The sampler of the layers.
         has_aux: Whether `loss_fn` returns auxiliary data.
-        donate: Whether the given parameters and state are overwritten, and so deleted.
+        donate: Whether the given parameters and state are overwritten, and so deleted, as far as
+            the step changes them; those of inactive layers are handed on as they are.
         out_shardings: On a mesh, the shardings of parameters and state, and maybe of the third
             result, as in `jax.jit`. Without them XLA places results as it likes, and compiles a
             step again for arguments in a new place. What an NNX module has beside its parameters
@@ -115,18 +116,16 @@ class TrainStep:
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
         self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
-        options: dict[str, Any] = {"donate_argnums": (0, 1, 2) if donate else ()}
-        if shardings is not None:
-            if not isinstance(shardings, tuple) or len(shardings) not in (2, 3):
-                raise TypeError(
-                    "out_shardings must be a pair, for the parameters and the optimizer state: "
-                    "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
-                    f"loss. Got {describe(shardings)}."
-                )
-            of_params, of_state, of_loss = (*shardings, None)[:3]
-            options["in_shardings"] = (of_params, of_state, None, None, None, None)
-            options["out_shardings"] = (of_params, of_state, None, of_loss)
-        self._jitted = jax.jit(self._train_step, static_argnums=(5, 7), **options)
+        if shardings is not None and not (
+            isinstance(shardings, tuple) and len(shardings) in (2, 3)
+        ):
+            raise TypeError(
+                "out_shardings must be a pair, for the parameters and the optimizer state: "
+                "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
+                f"loss. Got {describe(shardings)}."
+            )
+        self._donate = donate
+        self._programs: dict[Any, ChangingOnly] = {}
 
     def __call__(
         self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
@@ -143,10 +142,11 @@ class TrainStep:
                 self.sampler.check_processes(step, opt_state)
         self._next_step = step + 1
         active = self._draws.active(step, opt_state)
-        inputs = self._inputs(params, opt_state, args, kwargs)
-        drawn = (self._index[active], None) if self._is_stacked else (None, active)
-        new_params, new_state, rest, loss = self._jitted(*inputs, *drawn)
-        if inputs[-1] is None:
+        draw, active = (self._index[active], None) if self._is_stacked else (None, active)
+        program, tree, inputs = self._program(active, params, opt_state, args, kwargs, draw)
+        leaves, loss = program(*inputs)
+        new_params, new_state, rest = jax.tree.unflatten(tree, leaves)
+        if inputs[-1][1] is None:
             return new_params, new_state, loss
         sys.modules["flax.nnx"].update(params, new_params, rest)
         return params, new_state, loss
@@ -168,10 +168,9 @@ class TrainStep:
         `total` executables, of which `max_workers` are compiled at a time, `progress(done, total)`
         is called.
         """
-        inputs = self._inputs(params, opt_state, args, kwargs)
-        draws: list[Any] = [(np.int32(0), None)]
+        draws: list[Any] = [(None, np.int32(0))]
         if not self._is_stacked:
-            draws = [(None, active) for active in _possible_draws(self.sampler)]
+            draws = [(active, None) for active in _possible_draws(self.sampler)]
         if self._draws is self.sampler:
             self.sampler.active(0)  # which compiles small programs of its own
         compiling: list[Future[Any]] = []
@@ -185,8 +184,9 @@ class TrainStep:
                     progress(done, len(draws))
 
         with ThreadPoolExecutor(static_int("max_workers", max_workers, minimum=1)) as pool:
-            for draw in draws:  # lowered here, since contexts do not reach other threads
-                compiling.append(pool.submit(self._jitted.lower(*inputs, *draw).compile))
+            for active, draw in draws:  # lowered here: contexts do not reach other threads
+                traced = self._trace(active, params, opt_state, args, kwargs, draw)
+                compiling.append(pool.submit(traced.lower().compile))
                 report()
             for future in as_completed(compiling):
                 future.result()
@@ -199,30 +199,61 @@ class TrainStep:
         layers = self.sampler.layers
         layers.mask(static_int("depth", depth, minimum=0))  # an error if there is no such depth
         active = tuple(layer >= depth for layer in range(layers.num_layers))
-        return self._jitted.trace(*self._inputs(params, opt_state, args, kwargs), None, active)
+        return self._trace(active, params, opt_state, args, kwargs, None)
 
-    def _inputs(self, params: Any, opt_state: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """The arguments of `_train_step` before the draw; the last one is None without a module."""
+    def num_compiled(self) -> int:
+        """How many executables there are: one for each set of layers that has been drawn."""
+        return sum(program.num_compiled() for program in self._programs.values())
+
+    def _trace(self, *step: Any) -> jax.stages.Traced:
+        program, _, inputs = self._program(*step)
+        return program.trace(*inputs)
+
+    def _program(
+        self, active: Any, params: Any, opt_state: Any, args: Any, kwargs: Any, draw: Any
+    ) -> tuple[ChangingOnly, Any, tuple[Any, Any, Any]]:
+        """The program of a draw, the structure of what it carries on, and its arguments."""
         if self._takes_depth and "depth" in kwargs:
             raise TypeError("The sampler draws the depth, and loss_fn gets it: leave it out.")
         graphdef = rest = None
         nnx: Any = sys.modules.get("flax.nnx")
         if nnx is not None and isinstance(params, nnx.Module):
             graphdef, params, rest = nnx.split(params, nnx.Param, ...)
-        carried = as_returned((params, opt_state, rest), (args, kwargs), self._shardings)
-        return *carried, args, kwargs, graphdef
+        others, static = (args, kwargs, draw), (active, graphdef)
+        carried = as_returned((params, opt_state, rest), others, self._shardings)
+        leaves, tree = jax.tree.flatten(carried)
+        key = tree, jax.tree.structure(others), static
+        if key not in self._programs:
+            self._programs[key] = ChangingOnly(
+                *(self._train_step, carried, others, static),
+                donate=self._donate,
+                shardings=self._shardings_of(carried),
+            )
+        return self._programs[key], tree, (leaves, others, static)
 
-    def _train_step(
-        self, params: Any, state: Any, rest: Any, args: Any, kwargs: Any, graphdef: Any, *drawn: Any
-    ) -> tuple[Any, ...]:
+    def _shardings_of(self, carried: Any) -> tuple[list[Any] | None, Any]:
+        """Of each leaf that is carried on, and of the loss."""
+        if self._shardings is None:
+            return None, None
+        of_loss = self._shardings[2] if len(self._shardings) == 3 else None
+        of_leaves: list[Any] = []
+        for of_part, part in zip((*self._shardings[:2], None), carried, strict=True):
+            if of_part is None:
+                of_leaves += [None] * len(jax.tree.leaves(part))
+            else:
+                of_leaves += jax.tree.leaves(jax.tree.broadcast(of_part, part))
+        return of_leaves, of_loss
+
+    def _train_step(self, carried: Any, others: Any, static: Any) -> tuple[Any, Any]:
         """The step as a pure function; `rest` is what a module has beside its parameters."""
+        (params, state, rest), (args, kwargs, draw), (active, graphdef) = carried, others, static
         check_accumulation(state, self.sampler)
-        layer_mask, depth = self._mask(*drawn)
+        layer_mask, depth = self._mask(draw, active)
         kwargs = {**kwargs, "depth": depth} if self._takes_depth else kwargs
         loss_fn = loss_of_params(self._loss_fn, self._has_aux, graphdef, rest)
         step = masked_step(loss_fn, self._optimizer)
         params, state, (loss, (aux, rest)) = step(params, state, layer_mask, *args, **kwargs)
-        return params, state, rest, (loss, aux) if self._has_aux else loss
+        return (params, state, rest), (loss, aux) if self._has_aux else loss
 
     def _mask(self, draw: Any, active: Any) -> tuple[Any, Any]:
         """The mask of an index of `subsets`, or of static active layers; and the shallowest one."""

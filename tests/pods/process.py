@@ -50,7 +50,7 @@ class Run:
         if network == "flat":
             self.scope = jax.set_mesh(mesh) if mesh.size > 1 else self.scope
             self.step = dm.train_step(self.network.loss, optimizer, self.sampler, out_shardings=out)
-            self.num_programs = self.step._jitted._cache_size
+            self.num_programs = self.step.num_compiled
             return
         if mesh.size > 1:
             self.optimizer = dm.on_mesh(optimizer, shardings=of_params)
