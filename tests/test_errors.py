@@ -315,6 +315,8 @@ bad_value("'head/bias' matches both 'head' and '*/bias' … Write more", by_path
 bad_value("patterns is empty; give one pattern for each layer", by_path)
 bad_type("patterns must be a sequence … got 'stem'", dm.layers_by_path, PARAMS, "stem")
 bad_type("patterns must be a sequence", dm.layers_by_path, STACK, dm.stacked("blocks"))
+bad_type("patterns must be a sequence … got 3", dm.layers_by_path, PARAMS, 3)
+bad_type("patterns must be a sequence", dm.layers_by_path, PARAMS, {"stem": 0, "head": 1})
 bad_type("one or more nonempty string patterns, got (3,)", by_path, "stem", "mid", 3)
 bad_type("one or more nonempty string patterns, got (4,)", by_path, "stem", "mid", (4,))
 bad_type("nonempty string patterns, got ()", dm.stacked)

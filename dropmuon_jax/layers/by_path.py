@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -104,7 +104,11 @@ def layers_by_path(
             3  head           2          10   11.1%
                total          8          90  100.0%
     """
-    patterns = patterns if isinstance(patterns, str | StackedPatterns) else tuple(patterns)
+    if isinstance(patterns, str | Mapping | StackedPatterns) or not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"patterns must be a sequence with a pattern for each layer, got {patterns!r}."
+        )
+    patterns = tuple(patterns)
     groups = _pattern_groups(patterns)
     check_parameters(params)
     paths = leaf_paths(params)
@@ -185,10 +189,6 @@ def _layers_along(
 
 def _pattern_groups(patterns: Sequence[Any]) -> list[tuple[str, ...]]:
     """One tuple of patterns for each layer or stack."""
-    if isinstance(patterns, str | StackedPatterns):
-        raise TypeError(
-            f"patterns must be a sequence with a pattern for each layer, got {patterns!r}."
-        )
     groups = []
     for group in patterns:
         if isinstance(group, StackedPatterns):
