@@ -6,10 +6,10 @@ python benchmarks/compare.py --output-dir results --task fashion_mnist --budgets
 python benchmarks/compare.py --output-dir results --task text --batch-size 16 --auxiliary-rate 0.003
 """
 
+from comparing.racing import compete
 from comparing.settings import CompareSettings
 from comparing.showing import make_figures, make_tables
 from comparing.tasks import make_task
-from comparing.training import compete
 from study import Record, Study, Work
 
 
@@ -19,7 +19,7 @@ def run(settings: CompareSettings, work: Work) -> Record:
     return compete(settings, make_task(settings), work)
 
 
-EXTENDING = ("budgets", "rates", "seeds")
+EXTENDING = ("budgets", "rates", "seeds", "predict")
 STUDY = Study("compare", CompareSettings, run, make_tables, make_figures, EXTENDING)
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from comparing.methods import Method
 from comparing.outcomes import first_reached, reached, saved, show_saved
+from comparing.racing import best_rate
 from comparing.settings import METHODS, CompareSettings
 from comparing.tasks import make_task
-from comparing.training import Run, Track, best_rate
+from comparing.training import Run, Track
 from images import load_images
 from study import Work
 from text import even_windows, load_text

@@ -66,6 +66,24 @@ def smoothness_of_layers(samples: Samples, layers: dm.Layers) -> dict[str, list[
     return {"max": [max(of) for of in of_layers], "sum": [sum(of) for of in of_layers]}
 
 
+def measured_smoothness(
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    layers: dm.Layers,
+    batches: Iterable[Any],
+    schedule: optax.Schedule,
+) -> dict[str, list[float]]:
+    """Of each layer, by criterion, along a run of Muon.
+
+    The leaves that count are those that take Muon's steps, one kernel in each layer of a CNN:
+    biases are Adam's, which has no norm.
+    """
+    of_muon = dm.planning.track_smoothness(dm.norms.spectral_norm("muon"))
+    tracker = dm.chain_subtrees({"matrix": of_muon, "other": optax.identity()}, dm.matrix_labels)
+    samples = sample_smoothness(loss, dm.muon(schedule), tracker, params, batches)
+    return smoothness_of_layers(samples["same batch"], layers)
+
+
 def predict(smoothness: Mapping[str, Sequence[float]], costs: Sequence[float]) -> dict[str, Any]:
     """Speed-ups over full steps by each criterion: of uniform depths and the best by each."""
     best = {of: dm.planning.optimal_depth(smoothness[of], costs, criterion=of) for of in CRITERIA}
@@ -96,9 +114,6 @@ def plan(
 ) -> dict[str, Any]:
     """Measures a network of images along a short run of Muon, and predicts.
 
-    The leaves that count are those that take Muon's steps, one kernel in each layer of a CNN:
-    biases are Adam's, which has no norm.
-
     Args:
         model: With its layers in `layer_patterns()`.
         images: Of which the training images are used.
@@ -115,9 +130,7 @@ def plan(
     order = [generator.permutation(len(images.train_labels))[:batch_size] for _ in range(num_steps)]
     batches = [(images.train_images[rows], images.train_labels[rows]) for rows in order]
     loss = functools.partial(cross_entropy, model)
-    of_muon = dm.planning.track_smoothness(dm.norms.spectral_norm("muon"))
-    tracker = dm.chain_subtrees({"matrix": of_muon, "other": optax.identity()}, dm.matrix_labels)
-    samples = sample_smoothness(loss, dm.muon(schedule), tracker, params, batches)["same batch"]
+    smoothness = measured_smoothness(loss, params, layers, batches, schedule)
     if costs is None:
         tx = dm.drop_muon(schedule, layers)
         step = dm.train_step(loss, tx, dm.DepthSampler(layers, dm.uniform_depth(), seed=0))
@@ -125,7 +138,6 @@ def plan(
         of_depths = dm.planning.depth_cost(step, layers, params, opt_state, batches[0]).tolist()
     else:
         of_depths = list(costs)
-    smoothness = smoothness_of_layers(samples, layers)
     return {
         "layers": list(layers.names),
         "smoothness": smoothness,

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -20,7 +18,6 @@ TITLES: dict[str, str] = {
     "drop_muon_uniform": "Drop-Muon, uniform",
     "drop_muon_epoch_shift": "Drop-Muon, epoch-shift",
     "drop_muon_time_aware": "Drop-Muon, time-aware",
-    "drop_muon_shallower": "Drop-Muon, shallower later",
     "optax_muon": "optax.contrib.muon",
     "adamw": "AdamW",
     "scion": "Scion, unconstrained",
@@ -94,8 +91,6 @@ class Method:
             distribution = dm.epoch_shift_depth(num_steps, alpha=self.settings.alpha)
         elif self.name == "drop_muon_time_aware":
             distribution = dm.time_aware_depth(costs)
-        elif self.name == "drop_muon_shallower":
-            distribution = dm.LayerDistribution(dm.sampling.depth_subsets, _Shallower(num_steps))
         else:
             distribution = dm.uniform_depth()
         return dm.DepthSampler(layers, distribution, seed=seed)
@@ -206,20 +201,4 @@ class Method:
         return jax.tree.map(of_leaf, params, dm.matrix_labels(params))
 
 
-_FIXED_DEPTHS = (
-    "drop_muon_uniform",
-    "drop_muon_epoch_shift",
-    "drop_muon_shallower",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shallower:
-    """Full steps at first, and ever fewer: with probability 1 − 0.9 t, other depths alike."""
-
-    num_steps: int
-
-    def __call__(self, step: Any, num_layers: int) -> jax.Array:
-        part = 0.9 * jnp.minimum(jnp.asarray(step, jnp.float32) / self.num_steps, 1)
-        is_full = np.eye(num_layers, dtype=np.float32)[0]
-        return is_full * (1 - part) + (1 - is_full) * part / max(num_layers - 1, 1)
+_FIXED_DEPTHS = ("drop_muon_uniform", "drop_muon_epoch_shift")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.search import CRITERIA
 from comparing.settings import REFERENCE
 from drawing import median
 from study import Record
@@ -76,6 +77,12 @@ def show_saved(record: Record, method: str, budget: float) -> str:
     is_worse = value is None or value > best[0]
     sign = "≤ " if is_worse else "≥ " if value is not None and value < best[-1] else ""
     return f"{sign}{np.median(saved(record, method, budget)):.2f}×"
+
+
+def predicted(record: Record, method: str) -> dict[str, list[float]]:
+    """By criterion, the speed-up that theory expects at each budget; empty if it was not asked."""
+    found = [of for of in record.get("predicted", ()) if of["method"] == method]
+    return {of: [one[of] for one in found] for of in CRITERIA} if found else {}
 
 
 def _best_so_far(record: Record) -> np.ndarray:

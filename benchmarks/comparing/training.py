@@ -163,39 +163,3 @@ class Run:
             **measured,
             "depths": depths.tolist(),
         }
-
-
-def tune(track: Track, name: MethodName, budget: float) -> Record:
-    """A run at each learning rate, judged by the held-out data at its end."""
-    rates, seed = track.settings.rates, track.settings.tuning_seed
-    found = [track.run(name, budget, rate, seed)["validation"][-1] for rate in rates]
-    return {"method": name, "budget": budget, "rates": list(rates), "validation": found}
-
-
-def best_rate(tuned: Record) -> float:
-    """Of those that were tried; of equal ones the smallest."""
-    found = [math.inf if value is None else value for value in tuned["validation"]]
-    return tuned["rates"][found.index(min(found))]
-
-
-def compete(settings: CompareSettings, task: Task, work: Work) -> Record:
-    """Times the steps, finds every method's rate at every budget, and runs them all."""
-    track = Track(settings, task, work)
-    num_runs = len(settings.seeds) + len(settings.rates) * (len(settings.rates) > 1)
-    work.expect(num_runs * len(settings.methods) * sum(settings.budgets))
-    track.step_seconds = work.part("step-seconds", track.time_steps)
-    tuning: list[Record] = []
-    runs: list[Record] = []
-    for budget in settings.budgets:
-        for name in settings.methods:
-            [rate, *others] = settings.rates
-            if others:
-                tuning.append(tune(track, name, budget))
-                rate = best_rate(tuning[-1])
-            runs += [track.run(name, budget, rate, seed) for seed in settings.seeds]
-    return {
-        "measure": task.measure,
-        "step_seconds": track.step_seconds,
-        "tuning": tuning,
-        "runs": runs,
-    }
