@@ -23,7 +23,7 @@ test-all: test docs test-deep
 # Into docs/_build/html, to be read from files; a warning is an error.
 docs: $(VENV)/docs.installed
 	rm -rf docs/_build/html
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo "Written: docs/_build/html/index.html"
 
 lint: $(VENV)/test.installed

@@ -52,7 +52,7 @@ katex_css_path = "katex-math.css"  # its own spacing; the default is a file on a
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
+nb_execution_mode = "force"  # what the package does today, whatever is remembered
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True

@@ -17,7 +17,11 @@ README = ROOT / "README.md"
 NOTEBOOK = re.compile(r"\A---\n.*?kernelspec:.*?^---\n", re.M | re.S)
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 WRITTEN = [README, *(page for page in PAGES if "docs/_" not in page.as_posix())]
-OWN_TEST = {"working_with_other_tools.md"}  # in test_tools.py, which has the names that it uses
+# Pages whose code uses names of a test of their own, which runs it.
+OTHERS = "".join(
+    path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")
+)
+OWN_TEST = {page.name for page in PAGES if f'"{page.name}"' in OTHERS}
 
 
 def examples(page):

@@ -21,12 +21,22 @@ ROOT = dm.__name__
 
 
 def namespaces() -> dict[str, ModuleType]:
-    """The public modules right below the root, by name, but for those that are all at the root."""
+    """The public modules below the root, by name, but for those whose names are all at the root."""
     found = {}
     for info in pkgutil.iter_modules(dm.__path__):
-        module = importlib.import_module(f"{ROOT}.{info.name}")
-        if not info.name.startswith("_") and not set(public_names(module)) <= set(dm.__all__):
-            found[info.name] = module
+        if not info.name.startswith("_"):
+            found |= _with_parts(info.name)
+    elsewhere = {name for name, of in found.items() if set(public_names(of)) <= set(dm.__all__)}
+    return {name: module for name, module in found.items() if name not in elsewhere}
+
+
+def _with_parts(name: str) -> dict[str, ModuleType]:
+    """A module, and the modules that it offers as its parts."""
+    module = importlib.import_module(f"{ROOT}.{name}")
+    found = {name: module}
+    for part in getattr(module, "__all__", ()):
+        if inspect.ismodule(getattr(module, part)):
+            found |= _with_parts(f"{name}.{part}")
     return found
 
 
