@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-deep test-all lint clean
+.PHONY: demo test test-deep test-all lint docs clean
 
 demo: $(VENV)/benchmarks.installed
 	$(BIN)/python benchmarks/compare.py --output-dir results
@@ -17,7 +17,14 @@ test: lint
 test-deep: $(VENV)/test.installed
 	$(BIN)/pytest -n 2 --dist worksteal -m deep
 
-test-all: test test-deep
+# The site is part of it: its pages run, its tutorials are executed, a browser opens it.
+test-all: test docs test-deep
+
+# Into docs/_build/html, to be read from files; a warning is an error.
+docs: $(VENV)/docs.installed
+	rm -rf docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "Written: docs/_build/html/index.html"
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
@@ -33,4 +40,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results docs/_build docs/_drawn

@@ -106,12 +106,6 @@ def test_committed_records_are_drawn_without_running_anything(path, tmp_path):
     assert arguments | record["settings"] == arguments  # and maybe defaults of newer ones
 
 
-def test_documents_show_what_is_committed():
-    shown = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-    for path in BENCHMARKS.glob("results/*/*"):
-        assert f"{path.parent.name}/{path.name}" in shown, f"No page shows {path.name}."
-
-
 def test_an_interrupted_study_goes_on(tmp_path):
     EXAMPLE.main(["--output-dir", str(tmp_path)])
     part = tmp_path / "parts" / "part-2.json"

@@ -30,7 +30,7 @@ class MatrixAxes(NamedTuple):
     window: tuple[int, ...] = ()
     """The fan-in axes over which a convolution slides."""
     cut: Cut | None = None
-    """How an axis is cut into parts that are matrices of their own; :func:`parts_of` does it."""
+    """How an axis is cut into parts that are matrices of their own; `parts_of` does it."""
     replaced: tuple[int, int] | None = None
     """Of a part the axis of the leaf that was cut, and how many axes the part has in its place."""
 

@@ -123,7 +123,7 @@ def nuclear_norm() -> Norm:
 def sign_norm(*, normalized: bool = True) -> Norm:
     """The largest entry, times the fan-in: the norm of an output layer in Scion.
 
-    ‖X‖ = fan-in · max |x|, ‖G‖* = Σ|g| / fan-in, D = sign(G) / fan-in; without `normalized` all of
+    ‖X‖ = fan-in · max|x|, ‖G‖* = Σ|g| / fan-in, D = sign(G) / fan-in; without `normalized` all of
     it without fan-in, which is signSGD. A vector has fan-in 1. A tied embedding (tokens, features)
     is an output layer of fan-in features: `dimension_numbers="out_in"`.
 

@@ -53,7 +53,7 @@ def depth_cost(
         **kwargs: The other keyword arguments of the step.
 
     Returns:
-        Of shape (num_layers,) in float64: entry s is the cost at depth s, in the unit of `measure`.
+        The cost at each depth s, in the unit of `measure`; float64, of shape (num_layers,).
         On several processes, which all have to call it, the seconds are those of process 0.
 
     Raises:

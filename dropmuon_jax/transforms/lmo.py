@@ -64,18 +64,18 @@ def newton_schulz_lmo(
 
     **Accuracy.** Singular values of M that are at least 1e-3 or 1e-2 of ‖M‖_F become
 
-    =======================  ================  ================
-    coefficients, num_steps  from [1e-3, 1]    from [1e-2, 1]
-    =======================  ================  ================
-    "polar_express", 5       [0.86, 1.14]      [0.87, 1.13]
-    "polar_express", 6       1 ± 2e-3          1 ± 2e-3
-    "polar_express", 7       1 ± 1e-4          1 ± 1e-4
-    "dion", 5                [0.47, 1.15]      [0.97, 1.04]
-    "muon", 5                [0.46, 1.21]      [0.68, 1.14]
-    "turbo_muon", 4          —                 [0.78, 1.06]
-    "polar_express", 5, f16  [0.77, 1.13]      [0.86, 1.13]
-    "polar_express", 5, bf16 [0.00, 1.14]      [0.82, 1.14]
-    =======================  ================  ================
+    ========================  ================  ================
+    coefficients, num_steps   from [1e-3, 1]    from [1e-2, 1]
+    ========================  ================  ================
+    "polar_express", 5        [0.86, 1.14]      [0.87, 1.13]
+    "polar_express", 6        1 ± 2e-3          1 ± 2e-3
+    "polar_express", 7        1 ± 1e-4          1 ± 1e-4
+    "dion", 5                 [0.47, 1.15]      [0.97, 1.04]
+    "muon", 5                 [0.46, 1.21]      [0.68, 1.14]
+    "turbo_muon", 4           —                 [0.78, 1.06]
+    "polar_express", 5, f16   [0.77, 1.13]      [0.86, 1.13]
+    "polar_express", 5, bf16  [0.00, 1.14]      [0.82, 1.14]
+    ========================  ================  ================
 
     on a CPU, and smaller ones less. A GPU or TPU rounds products of float32 to TF32 or bfloat16
     unless `precision` says otherwise: expect the bands of f16 or bf16 there.
