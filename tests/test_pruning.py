@@ -403,9 +403,11 @@ def test_r2_dsnot_is_the_exchange_by_other_scores():
         ({"relative": "grow"}, root, relative),
         ({"relative": "both"}, ria, relative),
         ({"regularizer": 9.0}, {"w": ria["w"] + norm}, None),
+        ({"keeps_sign": True}, ria, None),
     ):
         new = pruning.r2_dsnot(params, kernels, masks, **options)["w"]
-        same = pruning.dsnot(params, kernels, masks, scores=scores, grow_weights=grow)["w"]
+        given = {"scores": scores, "grow_weights": grow, "keeps_sign": "keeps_sign" in options}
+        same = pruning.dsnot(params, kernels, masks, **given)["w"]
         np.testing.assert_array_equal(new, same)
         found.append(np.asarray(new).tobytes())
     assert len(set(found)) == len(found)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ TINY = {
     "orthogonalize": (
         "--lists 3x5 --updates 3x5 --others --rounds 1 --rate-sizes 16 --error-list 3x5 "
         "--conditions 10 --seeds 0"
+    ),
+    "prune": (
+        "--seeds 0 --scores Wanda RIA --schemes '60 % per output' 2:4 --exchanges none "
+        "'R²-DSnoT, sign' --width 8 --num-blocks 1 --context 8 --batch-size 2 --num-steps 2 "
+        "--num-calibration 2 --num-eval-windows 2 --retrain-steps 2 --speed-width 8 "
+        "--speed-blocks 1"
     ),
     "smoothness": (
         "--max-train 30 --batch-size 10 --channels 2 --num-steps 4 --multipliers 1 "
@@ -73,7 +80,7 @@ def test_every_study_is_run_here():
 @pytest.mark.parametrize("name", TINY)
 def test_a_study_runs_and_is_drawn_again_from_its_record(name, tmp_path, capsys):
     study = importlib.import_module(name).STUDY
-    study.main([*TINY[name].split(), "--output-dir", str(tmp_path)])
+    study.main([*shlex.split(TINY[name]), "--output-dir", str(tmp_path)])
     path = tmp_path / f"{name}.json"
     said, text = capsys.readouterr().out, path.read_text()
     assert str(tmp_path) not in text

@@ -133,6 +133,7 @@ def r2_dsnot(
     power: float = 0.5,
     regularizer: float = 0.0,
     order: float = 2.0,
+    keeps_sign: bool = False,
     m: int | None = None,
 ) -> Masks:
     """Our reading of R²-DSnoT: the exchange of :func:`dsnot` by relative importance.
@@ -149,6 +150,7 @@ def r2_dsnot(
         power: Of the activations in the score.
         regularizer: Of the norm in the score, at least 0.
         order: p of that norm.
+        keeps_sign: As in :func:`dsnot`.
         m: The size of a group, as in :func:`dsnot`.
 
     Returns:
@@ -180,7 +182,9 @@ def r2_dsnot(
         flat, restore = of.matrices(scores[path])
         scores[path] = restore(flat + regularizer * norms)
     grow = None if relative == "prune" else ria(params, kernels, power=0.0)
-    return dsnot(params, kernels, masks, scores=scores, grow_weights=grow, m=m)
+    return dsnot(
+        params, kernels, masks, scores=scores, grow_weights=grow, keeps_sign=keeps_sign, m=m
+    )
 
 
 class _Rule(NamedTuple):
