@@ -168,8 +168,8 @@ def masks_of(scores: Any, kernels: Any, scheme: str) -> Any:
     """The masks of a scheme."""
     if scheme == "2:4":
         return pruning.n_of_m_masks(scores, kernels, 2, 4)
-    part, _, _, per = scheme.split()
-    return pruning.make_masks(scores, kernels, int(part) / 100, per=per)
+    per: Any = scheme.split()[-1]
+    return pruning.make_masks(scores, kernels, int(scheme[:2]) / 100, per=per)
 
 
 def exchanged(params: Any, kernels: Any, masks: Any, exchange: str, scheme: str) -> Any:

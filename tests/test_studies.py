@@ -17,6 +17,11 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 RECORDS = sorted(BENCHMARKS.glob("results/*/*.json"))
 TINY = {
+    "allocate": (
+        "--times sqrt mixture --num-workers 3 5 --num-tasks 4 --num-iterations 20 --seeds 0 1 "
+        "--process-tasks 6 --process-steps 4 --unit 0.001 --slowness 1 3"
+    ),
+    "broximal": "--norms Euclidean 'sum of entries' --num-steps 3 --solver-steps 50",
     "compare": (
         "--budgets 2 4 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2"
