@@ -95,16 +95,17 @@ def test_lower_bounds_hold():
             width = alpha * (jnp.sqrt(8 * ratio) + ratio)
             return record, (record.total / record.num_tasks - width)[0]
 
-        return jax.lax.scan(iteration, allocator.init(), jax.random.split(key, 50))[1]
+        return jax.lax.scan(iteration, allocator.init(), jax.random.split(key, 200))[1]
 
-    bounds = jax.jit(jax.vmap(deviations))(jax.random.split(jax.random.key(0), 400))
+    bounds = jax.jit(jax.vmap(deviations))(jax.random.split(jax.random.key(0), 200))
     assert (bounds <= 1).all()
     assert bounds[:, -1].mean() > 0  # and says something
 
 
 def test_what_is_not_known_is_tried_and_fast_workers_are_preferred():
     shares, _ = run(allocation.ata_empirical(9, 4, eta=0.1), np.arange(1.0, 10.0), 30)
-    np.testing.assert_array_equal(shares[:3].sum(0), [2, 2, 2, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(shares[:3].sum(0)[3:], 1)  # one task each, not all of them
+    assert shares[2, :3].sum() == 3
     assert shares[-10:, :3].sum() > shares[-10:, 3:].sum()
 
 

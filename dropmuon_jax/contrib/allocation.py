@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import check_positive, is_python_number, static_int
 
@@ -80,8 +80,17 @@ def recursive_allocation(task_times: Float[Array, " workers"], num_tasks: int) -
             f"task_times must be a vector, of one worker at least, got shape {task_times.shape}."
         )
 
+    return _share(task_times, num_tasks, jnp.zeros(task_times.shape, bool))
+
+
+def _share(
+    task_times: Float[Array, " workers"], num_tasks: int, is_new: Bool[Array, " workers"]
+) -> Shares:
+    """One task after the other to who would be done with it first; the first of the new is free."""
+
     def give(_: int, shares: Shares) -> Shares:
         done = (shares + 1).astype(task_times.dtype) * task_times
+        done = jnp.where(is_new & (shares == 0), 0, done)
         fewest = jnp.where(done == done.min(), shares, num_tasks)
         return shares.at[jnp.argmin(fewest)].add(1)
 
@@ -108,9 +117,10 @@ def ata(
         s_i = \Bigl(\hat\mu_i - \alpha \Bigl(\sqrt{8 L / K_i} + L / K_i\Bigr)\Bigr)_+, \qquad
         L = \ln 2k^2
 
-    in iteration k, with the mean of the K_i times seen of worker i, and :math:`s_i = 0` if there
-    are none; the shares are :func:`recursive_allocation` of s. A worker that is not known well
-    counts as fast, and so becomes known.
+    in iteration k, with the mean of the K_i times seen of worker i; the shares are
+    :func:`recursive_allocation` of s. A worker that is not known well counts as fast, and so
+    becomes known. One of which no time was seen is free for one task, and as slow as the slowest
+    for more: as free for all, a slow one would get every task of an iteration.
 
     Args:
         num_workers: How many there are. Static.
@@ -142,7 +152,7 @@ def ata(
         Maranjyan et al., 2025, arXiv:2502.00775, as secondary sources tell: the lower bounds, and
         that the total time is at most (1 + 4η ln B) times that of the best fixed shares, and a
         logarithm of the iterations. The constants of the interval are derived here, from E\|Y\|^m ≤
-        2 m! α^m and Bernstein's inequality; `width` and `decay` are ours.
+        2 m! α^m and Bernstein's inequality; what new workers get, `width` and `decay` are ours.
     """
     check_positive("alpha", alpha)
 
@@ -228,7 +238,8 @@ def _allocator(
         ratio = logarithm / num_tasks_seen
         interval = width * (jnp.sqrt(8 * ratio) + ratio)
         bound = lower_bound(record.total / num_tasks_seen, interval)
-        return recursive_allocation(jnp.where(seen, bound, 0), num_tasks)
+        slowest = jnp.max(jnp.where(seen, bound, 0))
+        return _share(jnp.where(seen, bound, slowest), num_tasks, ~seen)
 
     def update(record: TaskTimes, shares: Shares, times: Array) -> TaskTimes:
         dtype = record.total.dtype
