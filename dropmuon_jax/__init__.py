@@ -3,7 +3,8 @@
 A training loop needs five names: :func:`layers_by_path`, :class:`DepthSampler`,
 :func:`uniform_depth`, :func:`drop_muon` and :func:`train_step`. What is not at the root lies in the
 namespace of its subject: `layers`, `sampling`, `norms`, `schedules`, `orthogonalize`, `transforms`,
-`optimizers`, `sharding` and `planning`. `algorithm` is Algorithm 1 of the paper, to be read.
+`optimizers`, `sharding` and `planning`. `algorithm` is Algorithm 1 of the paper, to be read, and
+`contrib` has systems that stand beside the others.
 """
 
 from dropmuon_jax import (
@@ -18,6 +19,7 @@ from dropmuon_jax import (
     sharding,
     transforms,
 )
+from dropmuon_jax import contrib as contrib  # by its name, and not among the everyday ones
 from dropmuon_jax.backprop import (
     TrainStep,
     masked_value_and_grad,

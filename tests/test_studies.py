@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 RECORDS = sorted(BENCHMARKS.glob("results/*/*.json"))
 TINY = {
+    "allocate": (
+        "--times sqrt mixture --num-workers 3 5 --num-tasks 4 --num-iterations 20 --seeds 0 1 "
+        "--process-tasks 6 --process-steps 4 --unit 0.001 --slowness 1 3"
+    ),
+    "broximal": "--norms Euclidean 'sum of entries' --num-steps 3 --solver-steps 50",
     "compare": (
         "--budgets 2 4 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2 "
@@ -37,6 +43,12 @@ TINY = {
     ),
     "small_graphs": (
         "--no-torch --graphs tiny mlp --widths 2 --batch-sizes 1 --at-once 2 --rounds 1"
+    ),
+    "prune": (
+        "--seeds 0 --scores Wanda RIA --schemes '60 % per output' 2:4 --exchanges none "
+        "'R²-DSnoT, sign' --width 8 --num-blocks 1 --context 8 --batch-size 2 --num-steps 2 "
+        "--num-calibration 2 --num-eval-windows 2 --retrain-steps 2 --speed-width 8 "
+        "--speed-blocks 1"
     ),
     "smoothness": (
         "--max-train 30 --batch-size 10 --channels 2 --num-steps 4 --multipliers 1 "
@@ -77,7 +89,7 @@ def test_every_study_is_run_here():
 @pytest.mark.parametrize("name", TINY)
 def test_a_study_runs_and_is_drawn_again_from_its_record(name, tmp_path, capsys):
     study = importlib.import_module(name).STUDY
-    study.main([*TINY[name].split(), "--output-dir", str(tmp_path)])
+    study.main([*shlex.split(TINY[name]), "--output-dir", str(tmp_path)])
     path = tmp_path / f"{name}.json"
     said, text = capsys.readouterr().out, path.read_text()
     assert str(tmp_path) not in text

@@ -1,0 +1,1 @@
+"""Workers of unequal speed: simulated ones, and processes."""

@@ -1,0 +1,170 @@
+"""Masks from scores: which weights are kept, True, and which become zero."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from dropmuon_jax._checks import check_choice, describe, is_python_number, static_int
+from dropmuon_jax.contrib.pruning.kernels import Kernels
+from dropmuon_jax.layers.trees import leaf_paths
+
+Group = Literal["output", "kernel", "all"]
+Masks = dict[str, Array]
+
+
+def make_masks(
+    scores: Mapping[str, Array], kernels: Kernels, sparsity: float, *, per: Group = "output"
+) -> Masks:
+    """Prunes the weights with the lowest scores, the same part of each group.
+
+    Args:
+        scores: The scores of each kernel, by its path.
+        kernels: What :func:`record_kernels` returned for them.
+        sparsity: The part that is pruned, in [0, 1): of n weights that are compared the nearest
+            whole number to sparsity · n, of equal ones the first.
+        per: Which weights are compared: those of an "output", as in Wanda; those of a "kernel",
+            where of stacked layers each has its own; or "all".
+
+    Returns:
+        A mapping from the paths to masks with the shapes of the leaves, True where a weight is
+        kept.
+
+    Raises:
+        ValueError: For a sparsity or a group that there is not, and for scores of other kernels or
+            shapes, naming one.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> pruning = dm.contrib.pruning
+        >>> params = {"w": jnp.array([[1.0, 6.0], [2.0, 5.0], [3.0, 4.0], [0.0, 7.0]])}
+        >>> kernels = pruning.record_kernels(lambda p, x: x @ p["w"], params, [jnp.ones((1, 4))])
+        >>> scores = pruning.magnitude(params, kernels)
+        >>> for per in ("output", "all"):
+        ...     print(pruning.make_masks(scores, kernels, 0.5, per=per)["w"].sum(0))
+        [2 2]
+        [0 4]
+    """
+    if not is_python_number(sparsity) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1), got {describe(sparsity)}.")
+    check_choice("per", per, get_args(Group))
+    _check_scores(scores, kernels)
+    if per == "all":
+        flat = jnp.concatenate([scores[path].ravel() for path in scores])
+        keep = _keep_highest(flat, round(sparsity * flat.size))
+        ends = [0]
+        for x in scores.values():
+            ends.append(ends[-1] + x.size)
+        spans = zip(scores.items(), ends, ends[1:], strict=False)
+        return {path: keep[a:b].reshape(x.shape) for (path, x), a, b in spans}
+    masks = {}
+    for path, of_leaf in scores.items():
+        stack, restore = kernels[path].matrices(of_leaf)
+        groups = stack.mT if per == "output" else stack.reshape(len(stack), -1)
+        keep = _keep_highest(groups, round(sparsity * groups.shape[-1]))
+        masks[path] = restore(keep.mT if per == "output" else keep.reshape(stack.shape))
+    return masks
+
+
+def n_of_m_masks(scores: Mapping[str, Array], kernels: Kernels, n: int, m: int) -> Masks:
+    """Keeps the n highest of every m neighbouring inputs of each output: 2:4 for n = 2, m = 4.
+
+    Args:
+        scores: The scores of each kernel, by its path.
+        kernels: What :func:`record_kernels` returned for them.
+        n: How many are kept, in [1, m].
+        m: The size of a group, which must divide the fan-in of each kernel.
+
+    Raises:
+        TypeError: If n or m is no Python integer.
+        ValueError: If they are out of range, or do not fit a kernel, naming it.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> pruning = dm.contrib.pruning
+        >>> params = {"w": jnp.array([[1.0], [2.0], [3.0], [4.0]])}
+        >>> kernels = pruning.record_kernels(lambda p, x: x @ p["w"], params, [jnp.ones((1, 4))])
+        >>> scores = pruning.magnitude(params, kernels)
+        >>> print(pruning.n_of_m_masks(scores, kernels, 1, 2)["w"].T)
+        [[False True False True]]
+    """
+    static_int("n", n, minimum=1)
+    if static_int("m", m, minimum=1) < n:
+        raise ValueError(f"n must be at most m, got {n} of {m}.")
+    _check_scores(scores, kernels)
+    masks = {}
+    for path, of_leaf in scores.items():
+        stack, restore = kernels[path].matrices(of_leaf)
+        batch, fan_in, fan_out = stack.shape
+        if fan_in % m:
+            raise ValueError(
+                f"m is {m}, which does not divide the fan-in {fan_in} of '{path}'. Leave this "
+                "kernel out of scores."
+            )
+        groups = stack.mT.reshape(batch, fan_out, fan_in // m, m)
+        keep = _keep_highest(groups, m - n).reshape(batch, fan_out, fan_in)
+        masks[path] = restore(keep.mT)
+    return masks
+
+
+def apply_masks(params: Any, masks: Mapping[str, Array]) -> Any:
+    """The parameters with zeros where a mask is False.
+
+    Raises:
+        ValueError: For masks of other leaves or shapes than the parameters', naming one.
+
+    Examples:
+        >>> import jax.numpy as jnp, dropmuon_jax as dm
+        >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)}
+        >>> print(dm.contrib.pruning.apply_masks(params, {"w": jnp.array([True, False])}))
+        {'b': Array([1.], dtype=float32), 'w': Array([3., 0.], dtype=float32)}
+    """
+    of_leaves = mask_of_leaves(params, masks)
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, of_leaves, strict=True)
+    return treedef.unflatten(
+        x if mask is None else jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in pairs
+    )
+
+
+def mask_of_leaves(params: Any, masks: Mapping[str, Array]) -> list[Array | None]:
+    """The mask of each leaf, None for one without; an error for masks that do not fit."""
+    paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+    shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
+    for path, mask in masks.items():
+        if path not in shapes:
+            raise ValueError(f"masks have '{path}', which params do not: {sorted(shapes)[:6]}.")
+        if jnp.shape(mask) != shapes[path] or mask.dtype != bool:
+            raise ValueError(
+                f"The mask of '{path}' is {mask.dtype.name}{list(mask.shape)}; it must be "
+                f"bool{list(shapes[path])}, as the leaf."
+            )
+    return [masks.get(path) for path in paths]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keep_highest(
+    scores: Float[Array, "*groups size"], num_pruned: int
+) -> Bool[Array, "*groups size"]:
+    """False for the lowest of the last axis, of equal ones the first, as a stable sort has it."""
+    if num_pruned == 0:
+        return jnp.ones_like(scores, bool)
+    threshold = jnp.sort(scores, -1)[..., num_pruned - 1 : num_pruned]
+    below, equal = scores < threshold, scores == threshold
+    room = num_pruned - below.sum(-1, keepdims=True)
+    return ~(below | (equal & (jnp.cumsum(equal, -1) <= room)))
+
+
+def _check_scores(scores: Mapping[str, Shaped[Array, "..."]], kernels: Kernels) -> None:
+    for path, of_leaf in scores.items():
+        if path not in kernels:
+            raise ValueError(f"scores have '{path}', which kernels do not: {list(kernels)[:6]}.")
+        kernel = kernels[path]
+        expected = jnp.broadcast_shapes(kernel.inputs.mean.shape, kernel.outputs.mean.shape)
+        if of_leaf.shape != expected:
+            raise ValueError(
+                f"scores['{path}'] has shape {of_leaf.shape}, and the kernel {expected}."
+            )
