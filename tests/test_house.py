@@ -13,17 +13,17 @@ PACKAGE = Path(dm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_the_package_has_at_most_60_modules_of_30_to_300_lines():
+def test_the_package_has_at_most_63_modules_of_30_to_300_lines():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     too_long = {path.name: n for path, n in lines.items() if n > 300}
     too_short = {path.name: n for path, n in lines.items() if n < 30 and path.stem != "__init__"}
-    assert sum(path.stem != "__init__" for path in FILES) <= 60
+    assert sum(path.stem != "__init__" for path in FILES) <= 63
     assert not too_long
     assert not too_short
 
 
 def test_the_root_has_about_forty_names_and_all_are_there():
-    assert len(dm.__all__) <= 50
+    assert len(dm.__all__) <= 52
     assert all(hasattr(dm, name) for name in dm.__all__)
 
 
