@@ -20,6 +20,14 @@ TINY = {
         "--budgets 2 4 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2"
     ),
+    "communication": (
+        "--methods muon drop_rank15_natural8 rank15_natural8_server --num-steps 4 --seeds 0 1 "
+        "--num-evaluations 2 --rates 0.02 0.05 --width 16 --num-blocks 2 --num-heads 2 "
+        "--context 8 --batch-size 2 --num-workers 2"
+    ),
+    "compression_time": (
+        "--width 32 --num-heads 2 --context 8 --sequences 1 --num-workers 2 --turns 1"
+    ),
     "counts": (
         "--subjects two_gradients leaves --networks mlp --widths 4 --batch-size 2 --repetitions 1 "
         "--leaf-shapes 4x8 --leaf-counts 1 2"
@@ -33,6 +41,14 @@ TINY = {
     "orthogonalize": (
         "--lists 3x5 --updates 3x5 --others --rounds 1 --rate-sizes 16 --error-list 3x5 "
         "--conditions 10 --seeds 0"
+    ),
+    "private": (
+        "--dataset mnist5k --max-train 120 --num-validation 20 --num-clients 2 --rounds 4 "
+        "--num-evaluations 2 --rates 0.1 0.3 --seeds 0 1"
+    ),
+    "processes": (
+        "--num-workers 2 --width 16 --num-blocks 2 --num-heads 2 --context 8 --batch-size 2 "
+        "--num-steps 7 --checkpoint-every 2 --kill-after 5"
     ),
     "smoothness": (
         "--max-train 30 --batch-size 10 --channels 2 --num-steps 4 --multipliers 1 "

@@ -164,7 +164,7 @@ def ef21(
         of_own = only_sent(arrived(payloads))
         mean: dict[int, Matrices] = {}
         if sending:
-            zeros = {i: jnp.zeros(x.shape, x.dtype) for i, x in new.items()}
+            zeros = {i: jnp.full(x.shape, -0.0, x.dtype) for i, x in new.items()}
             mean = only_sent(mean_over_workers(arrived, gathered, zeros))
         steps = [jnp.zeros_like(g) for g in grads]
         for i in sending:
@@ -283,14 +283,13 @@ def cuts_of(
     dimension_numbers: DimensionNumbers | None,
 ) -> list[Cut]:
     """How each leaf is compressed; an error for one that the compressor does not take."""
-    of_rows = rows_of(tree, layers)
     row_axes: list[int | None] = [None] * len(jax.tree.leaves(tree))
     if layers is not None and layers.stacks:
         row_axes = layers.row_axes_of(tree)
     if compressor.of_matrices:
-        all_axes = matrix_axes(of_rows, dimension_numbers, vectors=True)
+        all_axes = matrix_axes(rows_of(tree, layers), dimension_numbers, vectors=True)
     else:
-        all_axes = vector_axes(of_rows)
+        all_axes = vector_axes(rows_of(tree, layers))
     leaves = zip(leaf_paths(tree), jax.tree.leaves(tree), row_axes, all_axes, strict=True)
     cuts = [
         Cut(path, jax.ShapeDtypeStruct(x.shape, x.dtype), row_axis, axes)
