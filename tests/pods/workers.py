@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import dropmuon_jax as dm
 from dropmuon_jax.compression import Natural, RankK, TopK
 from meshes import Network, normal
-from pods.process import words_of, join, put, run
+from pods.process import join, put, run, words_of
 
 STEPS, SAVE_AT, SEED = 6, 3, 7
 DEPTHS = (0, 2, 1, 0, 1, 2)  # frozen layers are active again after the restart
