@@ -3,17 +3,19 @@
 A training loop needs five names: :func:`layers_by_path`, :class:`DepthSampler`,
 :func:`uniform_depth`, :func:`drop_muon` and :func:`train_step`. What is not at the root lies in the
 namespace of its subject: `layers`, `sampling`, `norms`, `schedules`, `orthogonalize`, `transforms`,
-`optimizers`, `sharding` and `planning`. `algorithm` is Algorithm 1 of the paper, to be read, and
-`contrib` has systems that stand beside the others.
+`optimizers`, `sharding`, `planning`, `compression` and `privacy`. `algorithm` is Algorithm 1 of the
+paper, to be read, and `contrib` has systems that stand beside the others.
 """
 
 from dropmuon_jax import (
     algorithm,
+    compression,
     layers,
     norms,
     optimizers,
     orthogonalize,
     planning,
+    privacy,
     sampling,
     schedules,
     sharding,
@@ -84,6 +86,7 @@ __all__ = [
     "check_depths",
     "check_optimizer",
     "check_state",
+    "compression",
     "drop_gluon",
     "drop_muon",
     "drop_scion",
@@ -109,6 +112,7 @@ __all__ = [
     "per_layer",
     "planning",
     "prev_params",
+    "privacy",
     "record_gains",
     "sampling",
     "scan_layers",

@@ -129,3 +129,100 @@ def epoch_shift(step, num_steps, num_layers, alpha):
     s = np.arange(num_layers)
     weights = np.exp(alpha * ((1 - tau) * (num_layers - 1 - s) + tau * s))
     return weights / weights.sum()
+
+
+def keep_largest(x, k):
+    """The k largest entries; of equal ones the first."""
+    order = np.argsort(-np.abs(x), axis=None, kind="stable")[:k]
+    kept = np.zeros(x.size)
+    kept[order] = x.reshape(-1)[order]
+    return kept.reshape(x.shape)
+
+
+def keep_longest_rows(x, k):
+    """Of a kernel (in, out), whose rows are the papers' columns."""
+    order = np.argsort(-np.linalg.norm(x, axis=1), kind="stable")[:k]
+    kept = np.zeros_like(x)
+    kept[order] = x[order]
+    return kept
+
+
+def keep_largest_singular_values(x, k):
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return (u[:, :k] * s[:k]) @ vt[:k]
+
+
+def project_on_drawn_span(x, omega):
+    """PPᵀX, of orthonormal P that span XΩ."""
+    p, _ = np.linalg.qr(x @ omega)
+    return p @ (p.T @ x)
+
+
+def to_power_of_two(x, uniform):
+    """±2^e or ±2^(e+1), the latter if |x| / 2^e - 1 + u ≥ 1; with u = 1/2 the nearest."""
+    _, exponent = np.frexp(x)  # |x| = m 2^exponent with m in [1/2, 1)
+    lower = np.ldexp(1.0, exponent - 1)
+    rounded = np.where(np.abs(x) / lower - 1 + uniform >= 1, 2 * lower, lower)
+    return np.where(x == 0, 0, np.sign(x) * rounded)
+
+
+def scaled_signs(x):
+    return np.mean(np.abs(x)) * np.where(x < 0, -1, 1)
+
+
+class EF21Muon:
+    """EF21-Muon (arXiv:2510.00643, as secondary sources tell it), with layers that are left out.
+
+    `compress(name, x, step, worker)` and `compress_model(name, x, step)` are C_j and C. A step
+    takes gradients at W: M_j, G_j and G, then X, then W.
+    """
+
+    def __init__(self, params, num_workers, compress, compress_model, *, direction):
+        self.x = {name: np.array(p, np.float64) for name, p in params.items()}
+        self.w = {name: p.copy() for name, p in self.x.items()}
+        self.m = [
+            {name: np.zeros_like(p) for name, p in self.x.items()} for _ in range(num_workers)
+        ]
+        self.g = [
+            {name: np.zeros_like(p) for name, p in self.x.items()} for _ in range(num_workers)
+        ]
+        self.mean = {name: np.zeros_like(p) for name, p in self.x.items()}
+        self.compress, self.compress_model = compress, compress_model
+        self.direction = direction
+
+    def step(self, k, active, gradients, *, radius, decay):
+        """Step k of the layers named in `active`; `gradients` are functions of W, one a worker."""
+        at = [gradient(self.w) for gradient in gradients]
+        for name in active:
+            sent = []
+            for j, gradient in enumerate(at):
+                self.m[j][name] = decay * self.m[j][name] + (1 - decay) * gradient[name]
+                new = self.compress(name, self.m[j][name] - self.g[j][name], k, j)
+                self.g[j][name] = self.g[j][name] + new
+                sent.append(new)
+            self.mean[name] = self.mean[name] + sum(sent) / len(sent)
+            self.x[name] = self.x[name] - radius * self.direction(self.mean[name])
+            news = self.compress_model(name, self.x[name] - self.w[name], k)
+            self.w[name] = self.w[name] + news
+
+
+class NormEC:
+    """α-NormEC (arXiv:2502.13482, as secondary sources tell it); `noise(k, i)` is z_i."""
+
+    def __init__(self, x, num_clients, *, alpha, beta, gamma, normalize, noise=lambda k, i: 0.0):
+        self.x = np.array(x, np.float64)
+        self.g = [np.zeros_like(self.x) for _ in range(num_clients)]
+        self.estimate = np.zeros_like(self.x)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.normalize, self.noise = normalize, noise
+
+    def step(self, k, gradients):
+        messages = []
+        for i, gradient in enumerate(gradients):
+            error = gradient(self.x) - self.g[i]
+            delta = error / (self.alpha + np.linalg.norm(error))
+            self.g[i] = self.g[i] + self.beta * delta
+            messages.append(delta + self.noise(k, i))
+        self.estimate = self.estimate + self.beta * sum(messages) / len(messages)
+        length = np.linalg.norm(self.estimate) if self.normalize else 1
+        self.x = self.x - self.gamma * self.estimate / length

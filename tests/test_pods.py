@@ -85,3 +85,45 @@ def test_processes_that_would_draw_otherwise_get_an_error_that_names_both(pod):
         assert f"process 0 has seed {SEED} and step {STEPS}, layers" in message
         assert f"process 1 has seed {seed} and step {step}, layers" in message
         assert "do not draw the same layers" in message
+
+
+# Workers that send compressed, each in a process of its own.
+FOUR = {"workers": 4}
+
+
+@pytest.fixture(scope="module")
+def workers(directory):
+    """Of each of four processes, what it answers."""
+    return run_pods(Pod(FOUR, directory / "four", num_processes=4, module="workers"))[0]
+
+
+@pytest.mark.deep
+def test_four_processes_that_send_compressed_are_four_devices_of_one_bit_for_bit(
+    directory, workers
+):
+    """Since each adds up what all have sent by itself, in one order, which collectives do not."""
+    [[one]] = run_pods(Pod(FOUR, directory / "devices", module="workers"))
+    assert one["losses"] == workers[0]["losses"]
+    assert {of["bits"] for of in workers} == {one["bits"]}
+    first, last = (np.mean(workers[0]["losses"][i]) for i in (0, -1))
+    assert last < first
+
+
+@pytest.mark.deep
+def test_processes_that_start_again_from_a_checkpoint_go_on_bit_for_bit(directory, workers):
+    pod = Pod(FOUR, directory / "four", resumes=True, num_processes=4, module="workers")
+    [resumed] = run_pods(pod)
+    assert [of["bits"] for of in resumed] == [of["bits"] for of in workers]
+    assert resumed[0]["losses"] == workers[0]["losses"][3:]
+    assert all(of["differ"] for of in (*resumed, *workers))
+
+
+@pytest.mark.deep
+def test_processes_with_other_seeds_or_compressors_get_an_error_that_names_both(workers):
+    said = workers[0]["disagreements"]
+    assert said.pop("nothing") == ""
+    for message in said.values():
+        assert "process 0 has seed 0 and compressor" in message
+        assert "process 1 has seed" in message
+        assert "would not understand each other's payloads" in message
+    assert "process 1 has seed 1" in said["seed"]

@@ -27,6 +27,14 @@ TINY = {
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2 "
         "--predict"
     ),
+    "communication": (
+        "--methods muon drop_rank15_natural8 rank15_natural8_server --num-steps 4 --seeds 0 1 "
+        "--num-evaluations 2 --rates 0.02 0.05 --width 16 --num-blocks 2 --num-heads 2 "
+        "--context 8 --batch-size 2 --num-workers 2"
+    ),
+    "compression_time": (
+        "--width 32 --num-heads 2 --context 8 --sequences 1 --num-workers 2 --turns 1"
+    ),
     "counts": (
         "--subjects two_gradients leaves --networks mlp --widths 4 --batch-size 2 --repetitions 1 "
         "--leaf-shapes 4x8 --leaf-counts 1 2"
@@ -49,6 +57,14 @@ TINY = {
         "'R²-DSnoT, sign' --width 8 --num-blocks 1 --context 8 --batch-size 2 --num-steps 2 "
         "--num-calibration 2 --num-eval-windows 2 --retrain-steps 2 --speed-width 8 "
         "--speed-blocks 1"
+    ),
+    "private": (
+        "--dataset mnist5k --max-train 120 --num-validation 20 --num-clients 2 --rounds 4 "
+        "--num-evaluations 2 --rates 0.1 0.3 --seeds 0 1"
+    ),
+    "processes": (
+        "--num-workers 2 --width 16 --num-blocks 2 --num-heads 2 --context 8 --batch-size 2 "
+        "--num-steps 7 --checkpoint-every 2 --kill-after 5"
     ),
     "smoothness": (
         "--max-train 30 --batch-size 10 --channels 2 --num-steps 4 --multipliers 1 "

@@ -193,6 +193,35 @@ def joined(tx: Any, **extra: Any) -> Any:
     return tx.update(grads, tx.init(params), params, **extra)
 
 
+ef21, RankK, TOP = dm.compression.ef21, dm.compression.RankK, dm.compression.TopK(1)
+ONE_WORKER = jax.tree.map(lambda x: x[None], PARAMS)
+beside = lambda count: dm.compression.on_workers(ef21(TOP), count)  # noqa: E731
+send = lambda compressor, params: ef21(compressor, axis=None).init(params)  # noqa: E731
+of_server = lambda of, **options: dm.compression.server_model(sgd, of, **options)  # noqa: E731
+
+
+def in_shard_map(is_cast: bool) -> Any:
+    """A worker's step on the mesh of one device, whose axis is "x"."""
+    tx = ef21(TOP, axis="x")
+    specs = dm.compression.worker_specs(tx.init(PARAMS), "x")
+
+    def step(params: Any, state: Any) -> Any:
+        of_worker = jax.lax.pcast(params, "x", to="varying") if is_cast else params
+        state = jax.tree.map(lambda x, spec: x[0] if len(spec) else x, state, specs)
+        return tx.update(jax.grad(loss)(of_worker), state, params)[0]
+
+    state = dm.compression.on_workers(tx, 1, axis="x").init(PARAMS)
+    mapped = jax.shard_map(
+        step, mesh=MESH, in_specs=(PartitionSpec(), specs), out_specs=PartitionSpec()
+    )
+    return jax.jit(mapped)(PARAMS, state)
+
+
+def send_rows(depth: Any) -> Any:
+    tx = dm.compression.drop_ef21_muon(0.1, stacked_layers, TOP, axis=None)
+    return step(tx, STACK, depth=depth)
+
+
 # Raised by several processes alone, whose way out tests/pods/process.py takes.
 ON_PODS = "out_shardings=dm.state_shardings(tx, params) for the optimizer state"
 TABLE = Path(__file__).with_suffix("").with_name("ways_out.txt").read_text().splitlines()

@@ -28,7 +28,7 @@ _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XL
 
 
 class Pod(NamedTuple):
-    """Processes that train together, as process.py does."""
+    """Processes that train together, as the module does."""
 
     axes: dict[str, int]
     """Of the mesh over all their devices."""
@@ -36,6 +36,7 @@ class Pod(NamedTuple):
     """The folder to save in on the way, or to start from."""
     resumes: bool = False
     num_processes: int = 1
+    module: str = "process"
 
 
 def run_pods(*pods: Pod) -> list[list[dict[str, Any]]]:
@@ -60,7 +61,8 @@ def _start(pod: Pod, scope: contextlib.ExitStack, started: list[Any]) -> list[Pa
     port = scope.enter_context(socket.socket())
     port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     port.bind(("127.0.0.1", 0))
-    settings = pod._asdict() | {"saved": str(pod.saved), "time_limit": TIME_LIMIT}
+    settings = {name: value for name, value in pod._asdict().items() if name != "module"}
+    settings |= {"saved": str(pod.saved), "time_limit": TIME_LIMIT}
     settings["address"] = f"127.0.0.1:{port.getsockname()[1]}"
     devices = math.prod(pod.axes.values()) // pod.num_processes
     files = []
@@ -72,7 +74,7 @@ def _start(pod: Pod, scope: contextlib.ExitStack, started: list[Any]) -> list[Pa
         # Files, because a full pipe would stop one process while another is waited for.
         with files[-1].open("wb") as out, files[-1].with_suffix(".err").open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pods.process", json.dumps(settings)],
+                [sys.executable, "-m", f"pods.{pod.module}", json.dumps(settings)],
                 stdout=out,
                 stderr=err,
                 env=_ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)},

@@ -73,7 +73,7 @@ def train(mesh: Mesh, network: str, folder: Path, *, resumes: bool) -> dict[str,
     It saves on its way, or starts from what another has saved.
     """
     run = Run(mesh, network)
-    params = _put(run.network.params, run.placed[0])
+    params = put(run.network.params, run.placed[0])
     carried = params, jax.jit(run.optimizer.init, out_shardings=run.placed[1])(params)
     start, depths, losses = 0, [], []
     with ocp.StandardCheckpointer() as checkpointer, run.scope:
@@ -86,7 +86,7 @@ def train(mesh: Mesh, network: str, folder: Path, *, resumes: bool) -> dict[str,
                 checkpointer.save(folder / network, {"carried": carried, "step": step})
                 checkpointer.wait_until_finished()  # the step overwrites what is saved
             depths.append(run.sampler.depth(step))
-            batch = _put(run.network.batch(step), NamedSharding(mesh, P(("data", "fsdp"))))
+            batch = put(run.network.batch(step), NamedSharding(mesh, P(("data", "fsdp"))))
             *carried, loss = run.step(step, *carried, batch)
             losses.append(float(loss))
         # Each process has a part.
@@ -95,7 +95,7 @@ def train(mesh: Mesh, network: str, folder: Path, *, resumes: bool) -> dict[str,
     return {"depths": depths, "losses": losses, "last": last, "programs": run.num_programs()}
 
 
-def _put(tree: Any, placed: Any) -> Any:
+def put(tree: Any, placed: Any) -> Any:
     """Arrays that all processes have, of which each hands over the parts of its own devices."""
 
     def place(x: Any, sharding: Any) -> Any:
@@ -121,24 +121,52 @@ def disagree(mesh: Mesh) -> dict[str, str]:
         "layers": dm.DepthSampler(layers.group(2), dm.uniform_depth(), seed=SEED),
         "distribution": dm.DepthSampler(layers, dm.full_depth(), seed=SEED),
     }
-    said = {"step": _said(usual.check_processes, STEPS + is_second)}
+    said = {"step": words_of(usual.check_processes, STEPS + is_second)}
     for name, other in others.items():
         sampler = other if is_second else usual
-        said[name] = _said(sampler.check_processes, STEPS)
+        said[name] = words_of(sampler.check_processes, STEPS)
         with jax.set_mesh(mesh):
-            said[f"{name}, on a mesh"] = _said(sampler.check_processes, STEPS)
+            said[f"{name}, on a mesh"] = words_of(sampler.check_processes, STEPS)
         step_fn = dm.train_step(lambda params: 0.0, dm.muon(0.1), sampler)
         if name != "nothing":
-            said[f"{name}, in a step"] = _said(step_fn, STEPS, None, None)
+            said[f"{name}, in a step"] = words_of(step_fn, STEPS, None, None)
     return said
 
 
-def _said(function: Callable[..., Any], *args: Any) -> str:
+def words_of(function: Callable[..., Any], *args: Any) -> str:
     try:
         function(*args)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def join(
+    num_processes: int, number: int, address: str, time_limit: float, axes: dict[str, int]
+) -> Mesh:
+    """Joins the pod, if it has several processes; the mesh over the devices of all."""
+    # Says where it hangs, and ends by itself even if nobody is left to end it.
+    faulthandler.dump_traceback_later(0.9 * time_limit, exit=True)
+    if num_processes > 1:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            number,
+            coordinator_bind_address=address,  # by default that is any address
+            initialization_timeout=int(time_limit / 2),
+        )
+    assert (jax.process_count(), jax.device_count()) == (num_processes, np.prod([*axes.values()]))
+    return make_mesh(**axes)
+
+
+def run(main: Callable[..., None]) -> None:
+    """Runs `main` with the settings of the command line, and leaves nobody waiting if it fails."""
+    try:
+        main(**json.loads(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # `sys.exit` would wait for the others, and they for this one
 
 
 def main(
@@ -151,18 +179,7 @@ def main(
     resumes: bool,
 ) -> None:
     """Joins the pod, if it has several processes, and does what the others do."""
-    # Says where it hangs, and ends by itself even if nobody is left to end it.
-    faulthandler.dump_traceback_later(0.9 * time_limit, exit=True)
-    if num_processes > 1:
-        jax.distributed.initialize(
-            address,
-            num_processes,
-            number,
-            coordinator_bind_address=address,  # by default that is any address
-            initialization_timeout=int(time_limit / 2),
-        )
-    assert (jax.process_count(), jax.device_count()) == (num_processes, np.prod([*axes.values()]))
-    mesh = make_mesh(**axes)
+    mesh = join(num_processes, number, address, time_limit, axes)
     answers: dict[str, Any] = {"disagreements": disagree(mesh)} if num_processes > 1 else {}
     for network in NETWORKS:
         answers[network] = train(mesh, network, Path(saved), resumes=resumes)
@@ -172,9 +189,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        main(**json.loads(sys.argv[1]))
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # `sys.exit` would wait for the others, and they for this one
+    run(main)
