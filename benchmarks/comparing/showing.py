@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.table import Table
 
 from comparing.methods import TITLES
@@ -26,6 +27,7 @@ from drawing import draw_spread, finish, legend, median, new_table, show, show_s
 from study import Record
 
 NEVER_MISSES = 0.2  # percent that an accuracy of 100 % is taken to miss, on a logarithmic axis
+DASHES = {"max": "--", "sum": ":"}  # by the criterion of a prediction
 AXES = {
     "spent": "budget spent, in full steps of Muon",
     "steps": "steps",
@@ -152,11 +154,12 @@ def _frontier_figure(record: Record) -> Figure:
         if method != REFERENCE:
             ratios = [saved(record, method, budget) for budget in at]
             draw_spread(right, at, ratios, i, TITLES[method])
-            for dash, speed_ups in zip(
-                ("--", ":"), predicted(record, method).values(), strict=False
-            ):
-                right.plot(at, speed_ups, color=style(i)["color"], linestyle=dash, linewidth=1)
+            for of, speed_ups in predicted(record, method).items():
+                right.plot(at, speed_ups, DASHES[of], color=style(i)["color"], linewidth=1)
     right.axhline(1, color="black", linewidth=0.8)
+    if record.get("predicted"):
+        kinds = [Line2D([], [], color="grey", linestyle=dash) for dash in DASHES.values()]
+        right.legend(kinds, [f"theory, by {of}" for of in DASHES], fontsize="small")
     x = "budget, in full steps of Muon"
     finish(left, x=x)
     _scale(left, record)
@@ -208,7 +211,7 @@ def _scale(axes: Axes, record: Record) -> None:
             which("{x:g}")
         return
     above, low = 100 + NEVER_MISSES, axes.get_ylim()[0]
-    high = above - 0.6 * (above - axes.dataLim.y1)
+    high = above - 0.85 * (above - axes.dataLim.y1)
     functions = lambda shown: -np.log10(np.maximum(above - shown, 1e-3)), lambda y: above - 10**-y
     axes.set_yscale("function", functions=functions)
     ticks = [tick for tick in (0, 50, 80, 90, 95, 98, 99, 99.5, 100) if low <= tick <= high]
