@@ -1,6 +1,7 @@
 """Tables and figures of a comparison; both show medians over seeds, with smallest and largest."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ from drawing import draw_spread, finish, legend, median, new_table, show, show_s
 from study import Record
 
 NEVER_MISSES = 0.2  # percent that an accuracy of 100 % is taken to miss, on a logarithmic axis
-DASHES = {"max": "--", "sum": ":"}  # by the criterion of a prediction
+DASHES: dict[str, Any] = {"max": "--", "sum": ":"}  # by the criterion of a prediction
 AXES = {
     "spent": "budget spent, in full steps of Muon",
     "steps": "steps",
