@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -59,7 +60,8 @@ class Problem:
         one_depth = dm.fixed_depth(np.eye(self.layers.num_layers)[depth].tolist())
         sampler = dm.DepthSampler(self.layers, one_depth, seed=0)
         step_fn = dm.train_step(self.loss, self.tx, sampler)
-        call, trace = functools.partial(step_fn, 0), functools.partial(step_fn.trace_depth, depth)
+        count, trace = itertools.count(), functools.partial(step_fn.trace_depth, depth)
+        call = lambda *inputs: step_fn(next(count), *inputs)  # noqa: E731 - one step after another
         parts = jax.jit(self.step, donate_argnums=(0, 1), static_argnames="depth")
         return [
             Program(head | {"program": "train_step"}, call, self.kept(), self.batch, trace=trace),

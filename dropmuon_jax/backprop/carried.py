@@ -80,39 +80,42 @@ class ChangingOnly:
         return [next(of_each[changes]) for changes in self._changes]
 
 
-def as_returned(carried: Any, others: Any, shardings: Any) -> Any:
-    """What steps carry on, in the types and places in which they return it.
+def as_returned(leaves: list[Any], tree: Any, others: Any, shardings: Any) -> list[Any]:
+    """The leaves of what steps carry on, in the types and places in which they return it.
 
     So the first step is compiled for all: arrays are strongly typed, and lie where `shardings` say
     or on the device on which another argument has been put. No array is there twice, as tied and
     cloned ones are, since it cannot be donated twice.
     """
-    leaves = jax.tree.leaves(carried)
-    if _is_as_returned(leaves):
-        return carried
+    if _is_as_returned(leaves, others, shardings):
+        return leaves
     if any(getattr(x, "weak_type", False) for x in leaves):
-        carried = jax.tree.map(_strong, carried)
+        leaves = list(map(_strong, leaves))
     if len({*map(id, leaves)}) < len(leaves):
-        carried = jax.tree.map(_once(set()), carried)
+        leaves = list(map(_once(set()), leaves))
     if all(map(_is_put, leaves)):
-        return carried
+        return leaves
     if shardings is not None:
-        *parts, rest = carried
-        return *map(_put, parts, shardings), rest
+        *parts, rest = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves((*map(_put, parts, shardings), rest))
     put = list(filter(_is_put, [*leaves, *jax.tree.leaves(others)]))
     devices = set().union(*(x.sharding.device_set for x in put))
     if len(devices) != 1:  # with arrays on several, JAX says what does not fit
-        return carried
-    return _put(carried, jax.device_put(np.int32(0), *devices).sharding)
+        return leaves
+    return _put(leaves, jax.device_put(np.int32(0), *devices).sharding)
 
 
-def _is_as_returned(leaves: Sequence[Any]) -> bool:
+def _is_as_returned(leaves: Sequence[Any], others: Any, shardings: Any) -> bool:
     """Whether there is nothing to do: asked in every step, and so by loops that run in C."""
     try:
-        as_put = all(map(_COMMITTED, leaves)) and not any(map(_WEAK, leaves))
+        is_put, is_weak = set(map(_COMMITTED, leaves)), any(map(_WEAK, leaves))
     except AttributeError:  # of what is no array yet
         return False
-    return as_put and len({*map(id, leaves)}) == len(leaves)
+    if is_weak or len({*map(id, leaves)}) < len(leaves):
+        return False
+    if is_put == {False}:  # so is what comes back, if nothing at all has been put somewhere
+        return shardings is None and not any(map(_is_put, jax.tree.leaves(others)))
+    return is_put == {True}
 
 
 def _once(seen: set[int]) -> Callable[[Any], Any]:

@@ -220,10 +220,11 @@ class TrainStep:
         if nnx is not None and isinstance(params, nnx.Module):
             graphdef, params, rest = nnx.split(params, nnx.Param, ...)
         others, static = (args, kwargs, draw), (active, graphdef)
-        carried = as_returned((params, opt_state, rest), others, self._shardings)
-        leaves, tree = jax.tree.flatten(carried)
+        leaves, tree = jax.tree.flatten((params, opt_state, rest))
+        leaves = as_returned(leaves, tree, others, self._shardings)
         key = tree, jax.tree.structure(others), static
         if key not in self._programs:
+            carried = jax.tree.unflatten(tree, leaves)
             self._programs[key] = ChangingOnly(
                 *(self._train_step, carried, others, static),
                 donate=self._donate,
