@@ -163,6 +163,8 @@ lossy = wrapper.gradient_transformation()
 wrapper_of_two = optax.GradientTransformationExtraArgs(steps.init, steps.update)
 recorded, gathering = dm.record_gains(sgd, timed), dm.accumulate(sgd, pairs)
 schedule = lambda count: 0.5 / (count + 1)  # noqa: E731
+ball = dm.contrib.broximal.broximal_point(1.0, NORM, num_steps=1)
+pruned, with_gradient = dm.contrib.pruning.keep_pruned(sgd, {}), jax.value_and_grad(loss)
 stacked = lambda state: jax.tree.map(lambda x: jnp.stack([x, x]), state)  # noqa: E731
 
 

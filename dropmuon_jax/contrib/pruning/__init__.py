@@ -16,9 +16,14 @@ Examples:
 """
 
 from dropmuon_jax.contrib.pruning.exchange import dsnot, r2_dsnot
-from dropmuon_jax.contrib.pruning.keep import KeepPrunedState, keep_pruned
 from dropmuon_jax.contrib.pruning.kernels import Kernel, Moments
-from dropmuon_jax.contrib.pruning.masks import apply_masks, make_masks, n_of_m_masks
+from dropmuon_jax.contrib.pruning.masks import (
+    KeepPrunedState,
+    apply_masks,
+    keep_pruned,
+    make_masks,
+    n_of_m_masks,
+)
 from dropmuon_jax.contrib.pruning.record import record_kernels
 from dropmuon_jax.contrib.pruning.scores import (
     magnitude,
