@@ -75,16 +75,21 @@ _OF_MOMENTUM: Counterparts = {
     **dict.fromkeys(("beta", "beta1", "b1", "momentum"), "decay=0.95"),
     **dict.fromkeys(("mu_dtype", "accumulator_dtype"), "dtype=jnp.bfloat16"),
     "dampening": "decay=0.9; the new gradient weighs 1 - decay",
-    "debias": "optax.ema(0.9, debias=True); an LMO does not see the length of a momentum",
+    "debias": "bias_correction=True; an LMO does not see the length of a momentum",
     "lr": "dm.muon(learning_rate=0.1); a momentum has none",
 }
+_NO_CORRECTION: Counterparts = dict.fromkeys(
+    ("debias", "bias_correction"), "dm.momentum(0.95, bias_correction=True)"
+)
 _OF_MVR: Counterparts = {
     **_OF_MOMENTUM,
+    **_NO_CORRECTION,
     "nesterov": "dm.momentum(0.95, nesterov=True)",
     "gamma": "dm.transforms.mars_momentum(gamma=0.025)",
 }
 _OF_MARS: Counterparts = {
     **_OF_MOMENTUM,
+    **_NO_CORRECTION,
     "nesterov": "dm.momentum(0.95, nesterov=True)",
     "max_grad_norm": "max_norm=1.0",
 }

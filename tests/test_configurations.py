@@ -102,7 +102,7 @@ def test_derivatives_of_norms_are_zero_at_zero_and_finite_at_zero_rows(name, mod
 
 MOMENTA = {
     "none": optax.identity(),
-    "momentum": dm.momentum(0.9, nesterov=True),
+    "momentum": dm.momentum(0.9, nesterov=True, bias_correction=True),
     "mars": dm.transforms.mars_momentum(),
     "mvr": dm.mvr_momentum(variant=2, on_reactivate="decay"),
 }

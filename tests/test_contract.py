@@ -100,6 +100,9 @@ CASES = {
     "momentum_of_every_kind": Case(
         lambda: dm.momentum(dm.schedules.gluon_decay(), nesterov=True, dtype=jnp.bfloat16)
     ),
+    "corrected_momentum": Case(
+        lambda: dm.momentum(0.8, nesterov=True, bias_correction=True, dtype=jnp.bfloat16)
+    ),
     "mvr_momentum": Case(
         lambda: dm.mvr_momentum(0.8, variant=3), extra_args=("prev_params_grads",)
     ),
@@ -447,7 +450,7 @@ def test_injected_hyperparameters_work_for_bfloat16_parameters(name):
 
 # Arrays of a state with an entry for each leaf, layer or depth.
 NO_PARAMETERS = (
-    *(".last_step", ".started"),
+    *(".last_step", ".started", ".weight_of_zero"),
     *(".gains", ".num_active_steps", ".probabilities", ".next_probabilities"),
     *(".layer_costs", ".settings", ".plans"),
 )

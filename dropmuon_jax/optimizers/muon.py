@@ -155,14 +155,17 @@ def muon(
     ================================= ==========================================================
     `optax.contrib.muon`              here
     ================================= ==========================================================
-    `beta=0.95, nesterov=True`        `momentum=dm.momentum(0.95, nesterov=True)`
+    `beta=0.95, nesterov=True`        `momentum=dm.momentum(0.95, nesterov=True,
+                                      bias_correction=True)`
     `mu_dtype`                        `momentum=dm.momentum(…, dtype=…)`
     `ns_coeffs`, `ns_steps`           `orthogonalize=dm.orthogonalize.newton_schulz("muon")`
     `consistent_rms=0.2`              `shape_factor="moonlight"`
     `adam_learning_rate`              `auxiliary_learning_rate`
-    `adam_b1`, `adam_b2`, …           `auxiliary=optax.scale_by_adam(…)`
+    `adam_b1`, `adam_b2`, …           `auxiliary=optax.scale_by_adam(…, nesterov=True)`
     `muon_weight_dimension_numbers`   `dimension_numbers`, by path pattern
     ================================= ==========================================================
+
+    `docs/coming_from_another_muon.md` has calls that take the same steps, for it and eight others.
 
     Returns:
         A transformation. It takes neither `layer_mask` nor `depth`.

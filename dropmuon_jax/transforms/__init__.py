@@ -9,6 +9,7 @@ from dropmuon_jax.transforms.masked import (
     layer_mask_sampler,
 )
 from dropmuon_jax.transforms.momentum import (
+    CorrectedMomentumState,
     MarsMomentumState,
     MomentumState,
     mars_momentum,
@@ -20,6 +21,7 @@ from dropmuon_jax.transforms.prev_params import PrevParamsState, keep_prev_param
 
 __all__ = [
     "AccumulatedState",
+    "CorrectedMomentumState",
     "LayerMaskSampler",
     "LayerMaskSamplerState",
     "MVRMomentumState",

@@ -28,19 +28,35 @@ class MomentumState(NamedTuple):
     """The number of all steps, for a schedule of the decay."""
 
 
+class CorrectedMomentumState(NamedTuple):
+    """State of :func:`momentum` with bias correction: it knows how much of M is its first 0."""
+
+    momentum: optax.Updates
+    """M, with the structure of the parameters, as of the last step in which a leaf was active."""
+    weight_of_zero: Float[Array, " leaves"]
+    """Of each leaf, the product of the decays of its own steps; one entry where there are none."""
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The number of all steps, for a schedule of the decay."""
+
+
 @names_counterparts
 def momentum(
-    decay: float | jax.Array | optax.Schedule = 0.9, *, nesterov: bool = False, dtype: Any = None
+    decay: float | jax.Array | optax.Schedule = 0.9,
+    *,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradients of active layers by their exponential moving average.
 
     .. math::
         M \leftarrow \text{decay}\, M + (1 - \text{decay})\, G
 
-    starting from M = 0, without bias correction: the missing factor is the same for all entries, so
-    an LMO does not see it; a sharp form or an adaptive radius does, in the first 1 / (1 - decay)
-    steps of a layer. With `nesterov` the update is decay · M + (1 - decay) · G, of the new M;
-    optax.contrib.muon corrects both terms, by different factors, so that its first steps differ.
+    starting from M = 0. With `nesterov` the update is decay · M + (1 - decay) · G, of the new M.
+    With `bias_correction` M is divided by 1 - w, where w is the weight that the first 0 has in it,
+    decayᵗ in a leaf's t-th step; with both, M by 1 - decay · w and G by 1 - w, as in Nadam. An LMO
+    does not see a length: for one, correction changes Nesterov's form alone, in the first
+    1 / (1 - decay) steps of a layer. A sharp form or an adaptive radius sees it there always.
     The gradient's sign is kept.
 
     Args:
@@ -48,13 +64,16 @@ def momentum(
             all steps, such as :func:`gluon_decay`. The paper's β, the weight of the new gradient,
             is 1 - decay.
         nesterov: Whether to look one step ahead. Static.
+        bias_correction: Whether to correct for the start at 0, as optax.contrib.muon does; PyTorch
+            and Muon's own code do not. Static.
         dtype: The dtype in which M is stored, by default the parameter's. The average is taken in
             float32 at least.
 
     Returns:
         A transformation whose `update` takes the extra argument `layer_mask` (by default all
         active). Updates have the gradient's shape and dtype. An inactive leaf has update zero and
-        keeps every bit of its M. The state is a :class:`MomentumState`.
+        keeps every bit of its M. The state is a :class:`MomentumState`, or with bias correction a
+        :class:`CorrectedMomentumState`.
 
     Raises:
         ValueError: At construction, if `decay` is a Python number outside [0, 1).
@@ -71,18 +90,22 @@ def momentum(
 
     References:
         Gruntkowska, Maziane, Qu, Richtárik, *Drop-Muon: Update Less, Converge Faster*, 2025,
-        arXiv:2510.02239, Algorithm 1 (the average; Nesterov's form is Muon's).
+        arXiv:2510.02239, Algorithm 1 (the average; Nesterov's form is Muon's). Dozat,
+        *Incorporating Nesterov Momentum into Adam*, 2016, for its correction.
     """
     check_decay_or_schedule("decay", decay)
     if dtype is not None:
         check_floating("dtype", dtype)
 
-    def init(params: optax.Params) -> MomentumState:
-        return MomentumState(zeros_of(params, dtype), jnp.zeros((), jnp.int32))
+    def init(params: optax.Params) -> MomentumState | CorrectedMomentumState:
+        zeros, count = zeros_of(params, dtype), jnp.zeros((), jnp.int32)
+        if bias_correction:
+            return CorrectedMomentumState(zeros, jnp.ones(num_entries(params), jnp.float32), count)
+        return MomentumState(zeros, count)
 
     def update(
-        updates: optax.Updates, state: MomentumState, params: Any, layer_mask: Any, extra_args: Any
-    ) -> tuple[optax.Updates, MomentumState]:
+        updates: optax.Updates, state: Any, params: Any, layer_mask: Any, extra_args: Any
+    ) -> tuple[optax.Updates, MomentumState | CorrectedMomentumState]:
         del params, extra_args
         weight_of_past = decay(state.count) if callable(decay) else decay
 
@@ -94,10 +117,22 @@ def momentum(
         def look_ahead(g: Array, m: Array) -> Array:
             return (average(m, g) if nesterov else m).astype(g.dtype)
 
+        def corrected(g: Array, m: Array, w: Array) -> Array:
+            wide = wide_dtype(m, g)
+            w = w.astype(wide)
+            next_w = w * jnp.asarray(weight_of_past, wide) if nesterov else w
+            return look_ahead(g.astype(wide) / (1 - w), m / (1 - next_w)).astype(g.dtype)
+
         new = advance_active(average, layer_mask, state.momentum, updates)
-        updates = map_active(look_ahead, layer_mask, updates, new)
         stored = stored_like(state.momentum, new, layer_mask)
-        return updates, MomentumState(stored, jnp.asarray(optax.safe_increment(state.count)))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        if not bias_correction:
+            return map_active(look_ahead, layer_mask, updates, new), MomentumState(stored, count)
+        past, active = jnp.asarray(weight_of_past, jnp.float32), active_entries(layer_mask)
+        weights = jnp.where(active, past * state.weight_of_zero, state.weight_of_zero)
+        entries = entries_like(state.momentum, weights)
+        updates = map_active(corrected, layer_mask, updates, new, entries)
+        return updates, CorrectedMomentumState(stored, weights, count)
 
     return masked_transformation(init, update)
 

@@ -1,0 +1,1 @@
+"""Trajectories of the other optimizers that are called Muon, and the program that records them."""
