@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("dropmuon_jax", "tests", "benchmarks", "docs", "README.md", "pyproject.toml", "Makefile")
+COPIED = (
+    "dropmuon_jax",
+    "tests",
+    "benchmarks",
+    "docs",
+    "examples",
+    "README.md",
+    "pyproject.toml",
+    "Makefile",
+)
 SECONDS = 1800  # many times what the slowest killers take
 
 
