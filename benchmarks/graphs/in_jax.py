@@ -130,8 +130,8 @@ class Training:
         self.params = jax.tree.map(jnp.asarray, problem.params)
         function = steps if at_once > 1 else lambda params, *batch: step(params, batch)
         begin = time.perf_counter()
-        traced = jax.jit(function, donate_argnums=0).trace(self.params, *self._batch())
-        self._program = traced.lower().compile()
+        self._program = jax.jit(function, donate_argnums=0)
+        self._program.lower(self.params, *self._batch()).compile()
         self.seconds_to_compile = time.perf_counter() - begin
 
     def _batch(self) -> tuple[np.ndarray, np.ndarray]:
