@@ -31,7 +31,7 @@ def record_kernels(
     each layer; a kernel that is used twice has the moments of both uses. Convolutions, and what is
     used inside `cond` and `while_loop`, are not recorded.
 
-    Memory is that of one forward pass and three numbers for each input and output of a kernel,
+    Memory is that of one forward pass and two numbers for each input and output of a kernel,
     whatever the number of batches.
 
     Args:
