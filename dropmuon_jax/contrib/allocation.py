@@ -144,7 +144,7 @@ def ata(
         >>> record, speeds = allocator.init(), jnp.array([1.0, 2.0, 9.0])
         >>> for _ in range(20):
         ...     shares = allocator.allocate(record)
-        ...     record = allocator.update(record, shares, shares * speeds)
+        ...     record = allocator.update(record, shares, shares.astype(float) * speeds)
         >>> print(shares)
         [4 2 0]
 

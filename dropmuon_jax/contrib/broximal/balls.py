@@ -103,7 +103,7 @@ def _on_singular_values(function: Callable[..., Array]) -> Callable[[Matrices, A
 
 def _lower(s: Float[Array, "batch count"], size: Array) -> Float[Array, "batch count"]:
     """The nearest point with Σs ≤ size, of s that descend and are not negative."""
-    excess = (jnp.cumsum(s, -1) - size) / jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    excess = (jnp.cumsum(s, -1) - size) / jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)[None]
     threshold = jnp.maximum(excess.max(-1, keepdims=True), 0)
     return jnp.maximum(s - threshold, 0)
 

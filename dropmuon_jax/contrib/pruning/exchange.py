@@ -210,7 +210,7 @@ def _exchange(
     kept: Bool[Array, "batch fan_out fan_in"], change: Rows, gain: Rows, score: Rows, rule: _Rule
 ) -> Bool[Array, "batch fan_out fan_in"]:
     """The cycles of all outputs at once."""
-    index = jnp.arange(kept.shape[-1])
+    index = jnp.arange(kept.shape[-1])[None, None]
     start = jnp.sum(jnp.where(kept, 0, change), -1, keepdims=True)
 
     def choose(candidates: Array, value: Rows) -> tuple[Array, Array]:

@@ -31,7 +31,7 @@ def record_kernels(
     each layer; a kernel that is used twice has the moments of both uses. Convolutions, and what is
     used inside `cond` and `while_loop`, are not recorded.
 
-    Memory is that of one forward pass and three numbers for each input and output of a kernel,
+    Memory is that of one forward pass and two numbers for each input and output of a kernel,
     whatever the number of batches.
 
     Args:
@@ -54,7 +54,7 @@ def record_kernels(
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
-        >>> params = {"stem": jnp.eye(2), "head": jnp.ones((1, 2)), "bias": jnp.zeros(1)}
+        >>> params = {"stem": jnp.eye(2), "head": jnp.ones((1, 2)), "bias": jnp.zeros((1, 1))}
         >>> network = lambda p, x: jnp.tanh(x @ p["stem"]) @ p["head"].T + p["bias"]
         >>> batches = [jnp.array([[3.0, 0.0], [4.0, 0.0]]), jnp.array([[0.0, 1.0]])]
         >>> kernels = dm.contrib.pruning.record_kernels(network, params, batches)

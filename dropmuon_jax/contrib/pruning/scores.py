@@ -170,7 +170,8 @@ def stochastic_ria(
         *rows, columns = size.shape
         count = math.ceil(fraction * columns)
         offset = jax.random.uniform(key, (*rows, count), size.dtype)
-        index = ((jnp.arange(count, dtype=size.dtype) + offset) * (columns / count)).astype(int)
+        stretch = jax.lax.broadcasted_iota(size.dtype, offset.shape, len(rows))
+        index = ((stretch + offset) * (columns / count)).astype(int)
         picked = jnp.take_along_axis(size, jnp.minimum(index, columns - 1), -1)
         return picked.sum(-1, keepdims=True) * (columns / count)
 
