@@ -119,14 +119,14 @@ def run(settings: ProcessesSettings, work: Work) -> Record:
         raise SystemExit("--kill-after must lie between the first checkpoint and the last step.")
     base = settings.output_dir.resolve() / "processes"
     shutil.rmtree(base, ignore_errors=True)  # checkpoints of an earlier run
-    work.say("four processes, undisturbed")
+    work.say("all processes, undisturbed")
     group = Group(settings, base / "undisturbed")
     try:
         group.wait()
         undisturbed = group.answers()
     finally:
         group.end()
-    work.say("four processes, of which one is killed")
+    work.say("all processes, of which one is killed")
     group = Group(settings, base / "killed")
     try:
         group.wait(until=lambda: steps_taken(base / "killed") >= settings.kill_after)
@@ -138,7 +138,7 @@ def run(settings: ProcessesSettings, work: Work) -> Record:
     finally:
         group.end()
     before = [json.loads(of) for of in (base / "killed/losses.jsonl").read_text().splitlines()]
-    work.say("four new processes, restored")
+    work.say("new processes, restored")
     group = Group(settings, base / "killed")
     try:
         group.wait()
@@ -158,7 +158,9 @@ def run(settings: ProcessesSettings, work: Work) -> Record:
 def tables(record: Record) -> Any:
     """What became of the processes, and whether the bits are equal."""
     whole, again = record["undisturbed"], record["restored"]
-    table = new_table("Four processes, one of them killed", "what", "value")
+    table = new_table(
+        f"{record['settings']['num_workers']} processes, one of them killed", "what", "value"
+    )
     sent = ", ".join(f"{of:,}" for of in whole["received_by_depth"].values())
     for name, value in {
         "method": METHODS[record["settings"]["method"]].title,

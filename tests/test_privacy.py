@@ -78,7 +78,7 @@ def error_after(error, alpha, beta, moved):
     return abs(float(error - state.worker.estimate["w"][0] - moved))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.floats(0.01, 2),
     st.floats(0.01, 2),
@@ -120,7 +120,7 @@ def test_no_step_is_safe_where_a_message_overshoots():
     ],
     ids=["normalized", "clipped", "clip21", "norm_ec"],
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=5, max_size=5))
 def test_no_message_is_longer_than_what_noise_is_made_for(tx, length, numbers):
     """Of bfloat16 gradients too, whose lengths are taken in float32."""

@@ -122,9 +122,8 @@ def server_model(
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             cuts = cuts_of(compressor, params, layers, dimension_numbers)
             mask = jax.tree.map(lambda _: True, params) if layer_mask is None else layer_mask
-            flags = jax.tree.leaves(restructure_mask(mask, params))
             treedef, memory, sent = jax.tree.structure(params), list(state.memory), []
-            leaves = zip(cuts, flags, *map(jax.tree.leaves, (model, params)), strict=True)
+            leaves = zip(cuts, *map(jax.tree.leaves, (mask, model, params)), strict=True)
             for i, (cut, flag, x, w) in enumerate(leaves):
                 step, rows = jnp.full_like(w, -0.0), cut.active(flag)
                 if rows is not None:
@@ -135,11 +134,9 @@ def server_model(
                     memory[i] = jax.tree.map(
                         lambda of, to, rows=rows: of.at[rows].set(to), memory[i], fresh
                     )
-                    arrived, is_sent = (
-                        compressor.decompress(payload, new),
-                        compressor.is_sent(of_leaf),
-                    )
-                    arrived = arrived if is_sent is None else jnp.where(is_sent, arrived, -0.0)
+                    arrived = compressor.decompress(payload, new)
+                    if (is_sent := compressor.is_sent(of_leaf)) is not None:
+                        arrived = jnp.where(is_sent, arrived, -0.0)
                     step = cut.put(step, rows, arrived)
                 sent.append(step)
             steps, state = treedef.unflatten(sent), state._replace(memory=memory)
@@ -147,11 +144,6 @@ def server_model(
         return steps, ServerModelState(inner_state, model, state.memory, count)
 
     return checked_transformation(init_fn, update_fn)
-
-
-def restructure_mask(layer_mask: Any, params: Any) -> Any:
-    """A mask, which has been validated, in the containers of the parameters."""
-    return jax.tree.structure(params).unflatten(jax.tree.leaves(layer_mask))
 
 
 def server_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
