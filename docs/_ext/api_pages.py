@@ -26,8 +26,16 @@ def namespaces() -> dict[str, ModuleType]:
     for info in pkgutil.iter_modules(dm.__path__):
         if not info.name.startswith("_"):
             found |= _with_parts(info.name)
-    elsewhere = {name for name, of in found.items() if set(public_names(of)) <= set(dm.__all__)}
-    return {name: module for name, module in found.items() if name not in elsewhere}
+    return {
+        name: module
+        for name, module in found.items()
+        if not all(is_at_root(module, of) for of in public_names(module))
+    }
+
+
+def is_at_root(module: ModuleType, name: str) -> bool:
+    """Whether a name of a module is a name of the root, of the same thing."""
+    return getattr(dm, name, None) is getattr(module, name)
 
 
 def _with_parts(name: str) -> dict[str, ModuleType]:
@@ -59,8 +67,7 @@ def pages() -> dict[str, str]:
     found = {}
     for space, module in {"": dm, **namespaces()}.items():
         for name in public_names(module):
-            at_root = not space or getattr(dm, name, None) is getattr(module, name)
-            where = ROOT if at_root else f"{ROOT}.{space}"
+            where = ROOT if not space or is_at_root(module, name) else f"{ROOT}.{space}"
             found[f"{space}.{name}".lstrip(".")] = f"{where}.{name}"
     return found
 

@@ -105,9 +105,11 @@ def write_missing_pages(app: Sphinx) -> None:
     for path in sorted(RESULTS.glob("*/*.json")):
         name = f"{path.parent.name}/{path.name}"
         if f"{{record}} {name}" not in shown:
+            about = importlib.import_module(read_json(path)["study"]).__doc__ or ""
             title = f"{path.parent.name.replace('_', ' ').capitalize()}: {path.stem}"
+            text = f"# {title}\n\n{about.splitlines()[0]}\n\n```{{record}} {name}\n```\n"
             page = folder / f"new_{path.parent.name}_{path.stem}.md"
-            page.write_text(f"# {title}\n\n```{{record}} {name}\n```\n", encoding="utf-8")
+            page.write_text(text, encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
