@@ -38,6 +38,7 @@ html_theme = "furo"
 html_title = f"dropmuon_jax {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_search_summary = False  # excerpts are fetched, which browsers refuse pages from files
 html_show_copyright = html_show_sphinx = False
 html_theme_options = {"footer_icons": [], "navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

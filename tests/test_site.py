@@ -43,7 +43,7 @@ def open_page(context):
 
     def go(name, size=DESK):
         page.set_viewport_size(size)
-        page.goto((SITE / name).as_uri())
+        page.goto(f"{SITE.as_uri()}/{name}")
         return page, complaints
 
     yield go
