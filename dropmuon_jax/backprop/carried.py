@@ -60,7 +60,6 @@ class ChangingOnly:
             options["in_shardings"] = of_changing, of_kept, None
             options["out_shardings"] = of_changing, of_more
         self._jitted: Any = jax.jit(train_step, static_argnums=3, **options)
-        self.num_compiled: Callable[[], int] = self._jitted._cache_size
 
     def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
         """The leaves of the new `carried`, and the step's second result."""

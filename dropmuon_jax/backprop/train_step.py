@@ -201,10 +201,6 @@ class TrainStep:
         active = tuple(layer >= depth for layer in range(layers.num_layers))
         return self._trace(active, params, opt_state, args, kwargs, None)
 
-    def num_compiled(self) -> int:
-        """How many executables there are: one for each set of layers that has been drawn."""
-        return sum(program.num_compiled() for program in self._programs.values())
-
     def _trace(self, *step: Any) -> jax.stages.Traced:
         program, _, inputs = self._program(*step)
         return program.trace(*inputs)

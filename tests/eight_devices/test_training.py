@@ -101,7 +101,9 @@ def test_each_depth_is_compiled_once_keeps_its_shardings_and_equals_one_device(
         jax.block_until_ready(result)
     assert len(COMPILED_STEPS) - before == num_programs
     if given != "of the host":
-        assert all(x.is_deleted() for x in first)  # their memory holds the new ones
+        # Their memory holds the new ones, but for what no step has changed.
+        kept = set(map(id, jax.tree.leaves(result[:2])))
+        assert all(x.is_deleted() or id(x) in kept for x in first)
     assert_placed(result[:2], (placed, of_state))
     assert_close(result, on_one_device(network, momentum), rounding=1e-9)
 
