@@ -119,9 +119,11 @@ def ef21(
     def init(params: optax.Params) -> EF21State:
         cuts = cuts_of(compressor, params, layers, dimension_numbers)
         memory = [compressor.init(cut.shape, cut.dtype) for cut in cuts]
+        memory = jax.tree.structure(params).unflatten(memory)
         worker = WorkerState(inner.init(params), wide_zeros(params), memory)
-        count = jnp.zeros((), jnp.int32)
-        return EF21State(worker, wide_zeros(params), count, jnp.asarray(settings))
+        return EF21State(
+            worker, wide_zeros(params), jnp.zeros((), jnp.int32), jnp.asarray(settings)
+        )
 
     def update(updates: Any, state: EF21State, params: Any, layer_mask: Any, extra_args: Any):
         index = worker_place(axis, updates)
@@ -132,7 +134,8 @@ def ef21(
         grads, estimates, own = map(
             jax.tree.leaves, (momenta, state.estimate, state.worker.estimate)
         )
-        memory = list(state.worker.memory)
+        of_params = jax.tree.structure(state.estimate)
+        memory = of_params.flatten_up_to(state.worker.memory)
         cuts = cuts_of(compressor, updates, layers, dimension_numbers)
         rows = [cut.active(flag) for cut, flag in zip(cuts, flags, strict=True)]
         sending = [i for i, of in enumerate(rows) if of is not None]
@@ -172,10 +175,12 @@ def ef21(
             own[i] = cut.advance(own[i], of, of_own[i], replace=compressor.is_exact)
             estimates[i] = cut.advance(estimates[i], of, mean[i], replace=compressor.is_exact)
             steps[i] = cut.put(steps[i], of, cut.take(estimates[i], of))
-        worker = WorkerState(inner_state, treedef.unflatten(own), memory)
-        estimate, count = treedef.unflatten(estimates), optax.safe_increment(state.count)
-        new_state = EF21State(worker, estimate, jnp.asarray(count), state.settings)
-        return treedef.unflatten(steps), new_state
+        worker = WorkerState(inner_state, treedef.unflatten(own), of_params.unflatten(memory))
+        estimate, count = (
+            treedef.unflatten(estimates),
+            jnp.asarray(optax.safe_increment(state.count)),
+        )
+        return treedef.unflatten(steps), EF21State(worker, estimate, count, state.settings)
 
     return masked_transformation(init, update, takes_rows=True)
 

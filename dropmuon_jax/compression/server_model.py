@@ -100,6 +100,7 @@ def server_model(
     def init_fn(params: optax.Params) -> ServerModelState:
         cuts = cuts_of(compressor, params, layers, dimension_numbers)
         memory = [compressor.init(cut.shape, cut.dtype) for cut in cuts]
+        memory = jax.tree.structure(params).unflatten(memory)
         copies = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
         return ServerModelState(inner.init(params), copies, memory, jnp.zeros((), jnp.int32))
 
@@ -122,7 +123,8 @@ def server_model(
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             cuts = cuts_of(compressor, params, layers, dimension_numbers)
             mask = jax.tree.map(lambda _: True, params) if layer_mask is None else layer_mask
-            treedef, memory, sent = jax.tree.structure(params), list(state.memory), []
+            treedef, sent = jax.tree.structure(params), []
+            memory = treedef.flatten_up_to(state.memory)
             leaves = zip(cuts, *map(jax.tree.leaves, (mask, model, params)), strict=True)
             for i, (cut, flag, x, w) in enumerate(leaves):
                 step, rows = jnp.full_like(w, -0.0), cut.active(flag)
@@ -139,7 +141,7 @@ def server_model(
                         arrived = jnp.where(is_sent, arrived, -0.0)
                     step = cut.put(step, rows, arrived)
                 sent.append(step)
-            steps, state = treedef.unflatten(sent), state._replace(memory=memory)
+            steps, state = treedef.unflatten(sent), state._replace(memory=treedef.unflatten(memory))
         count = jnp.asarray(optax.safe_increment(state.count))
         return steps, ServerModelState(inner_state, model, state.memory, count)
 
