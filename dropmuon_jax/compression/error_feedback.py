@@ -121,9 +121,8 @@ def ef21(
         memory = [compressor.init(cut.shape, cut.dtype) for cut in cuts]
         memory = jax.tree.structure(params).unflatten(memory)
         worker = WorkerState(inner.init(params), wide_zeros(params), memory)
-        return EF21State(
-            worker, wide_zeros(params), jnp.zeros((), jnp.int32), jnp.asarray(settings)
-        )
+        count = jnp.zeros((), jnp.int32)
+        return EF21State(worker, wide_zeros(params), count, jnp.asarray(settings))
 
     def update(updates: Any, state: EF21State, params: Any, layer_mask: Any, extra_args: Any):
         index = worker_place(axis, updates)
@@ -131,10 +130,8 @@ def ef21(
         momenta, inner_state = inner.update(
             updates, state.worker.inner_state, params, layer_mask=layer_mask, **extra_args
         )
-        grads, estimates, own = map(
-            jax.tree.leaves, (momenta, state.estimate, state.worker.estimate)
-        )
-        of_params = jax.tree.structure(state.estimate)
+        grads, own = map(jax.tree.leaves, (momenta, state.worker.estimate))
+        estimates, of_params = jax.tree.flatten(state.estimate)
         memory = of_params.flatten_up_to(state.worker.memory)
         cuts = cuts_of(compressor, updates, layers, dimension_numbers)
         rows = [cut.active(flag) for cut, flag in zip(cuts, flags, strict=True)]
@@ -176,11 +173,9 @@ def ef21(
             estimates[i] = cut.advance(estimates[i], of, mean[i], replace=compressor.is_exact)
             steps[i] = cut.put(steps[i], of, cut.take(estimates[i], of))
         worker = WorkerState(inner_state, treedef.unflatten(own), of_params.unflatten(memory))
-        estimate, count = (
-            treedef.unflatten(estimates),
-            jnp.asarray(optax.safe_increment(state.count)),
-        )
-        return treedef.unflatten(steps), EF21State(worker, estimate, count, state.settings)
+        estimate, count = treedef.unflatten(estimates), optax.safe_increment(state.count)
+        new_state = EF21State(worker, estimate, jnp.asarray(count), state.settings)
+        return treedef.unflatten(steps), new_state
 
     return masked_transformation(init, update, takes_rows=True)
 
