@@ -165,6 +165,7 @@ def exact_noise(rounds, epsilon, delta, length=1.0):
     return optimize.brentq(excess, 0.1, 1000)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("relation", ["add_or_remove", "replace"])
 def test_the_noise_is_that_of_the_exact_law_of_gaussian_releases(relation):
     plan = PrivacyPlan(8.0, 1e-5, rounds=300, relation=relation)
@@ -177,9 +178,9 @@ def test_the_noise_is_that_of_the_exact_law_of_gaussian_releases(relation):
 @pytest.mark.parametrize(
     ("options", "sigma"),
     [
-        ({}, 10.396),
+        pytest.param({}, 10.396, marks=pytest.mark.deep),
         ({"accountant": "rdp"}, 11.045),
-        ({"sampling_probability": 0.1}, 1.286),
+        pytest.param({"sampling_probability": 0.1}, 1.286, marks=pytest.mark.deep),
         ({"sampling_probability": 0.1, "accountant": "rdp"}, 1.361),
     ],
     ids=["pld", "rdp", "pld, sampled", "rdp, sampled"],

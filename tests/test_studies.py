@@ -22,6 +22,9 @@ TINY = {
         "--process-tasks 6 --process-steps 4 --unit 0.001 --slowness 1 3"
     ),
     "broximal": "--norms Euclidean 'sum of entries' --num-steps 3 --solver-steps 50",
+    "carried_rates": (
+        "--networks cnn --rates 0.1 --num-steps 2 --batch-size 4 --width 16 --num-seeds 1"
+    ),
     "compare": (
         "--budgets 2 4 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2 "
