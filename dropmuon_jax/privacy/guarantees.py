@@ -48,9 +48,9 @@ class PrivacyPlan:
 
     Examples:
         >>> import dropmuon_jax as dm
-        >>> plan = dm.privacy.PrivacyPlan(epsilon=8.0, delta=1e-5, rounds=300)
-        >>> round(plan.noise_multiplier, 2), round(plan.epsilon_after(100), 1)
-        (10.4, 4.2)
+        >>> plan = dm.privacy.PrivacyPlan(8.0, 1e-5, rounds=300, accountant="rdp")
+        >>> round(plan.noise_multiplier, 1), round(plan.epsilon_after(100), 1)
+        (11.0, 4.2)
     """
 
     epsilon: float
