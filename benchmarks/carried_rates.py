@@ -150,7 +150,7 @@ def tables(record: Record) -> Iterator[Table]:
 def figures(record: Record) -> dict[str, Figure]:
     """The accuracies against the rate, a panel for each network."""
     rates, found = record["settings"]["rates"], record["accuracies"]
-    figure = Figure(figsize=(5.5 * len(found), 4), layout="constrained")
+    figure = Figure(figsize=(3 + 5 * len(found), 4), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (network, accuracies) in zip(panels, found.items(), strict=True):
         for index, (method, of) in enumerate(accuracies.items()):

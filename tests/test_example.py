@@ -67,11 +67,10 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, depths, devices):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, devices, "--depths", depths))
 
-    process = start(killed, devices, "--depths", depths)
-    for line in process.stdout:
-        if line.startswith("step 10:"):  # checkpoints of 0, 4 and 8 are begun
-            process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start(killed, devices, "--depths", depths) as process:
+        for line in process.stdout:
+            if line.startswith("step 10:"):  # checkpoints of 0, 4 and 8 are begun
+                process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     said = finish(start(killed, devices, "--depths", depths))
 

@@ -26,7 +26,7 @@ TINY = {
         "--networks cnn --rates 0.1 --num-steps 2 --batch-size 4 --width 16 --num-seeds 1"
     ),
     "compare": (
-        "--budgets 2 4 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
+        "--budgets 3 5 --rates 0.02 0.05 --seeds 0 1 --methods muon drop_muon_uniform adamw "
         "--max-train 60 --num-validation 20 --batch-size 20 --channels 4 --num-evaluations 2 "
         "--predict"
     ),

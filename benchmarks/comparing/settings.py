@@ -95,6 +95,10 @@ class CompareSettings(Settings):
             raise ValueError(f"--tuning-seed is {self.tuning_seed}, one of the seeds that compete")
         if self.predict and self.task == "text":
             raise ValueError("--predict should be of images: layers of a stack are not told apart")
+        if self.predict and self.budgets[0] < 3:
+            raise ValueError(
+                "--predict should have --budgets of at least 3 steps, to be measured in"
+            )
         if self.predict and self.unit != "seconds":
             raise ValueError("--predict should be of --unit seconds, by which theory weighs depths")
         if self.width % self.num_heads:

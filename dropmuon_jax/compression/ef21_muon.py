@@ -132,7 +132,7 @@ def drop_ef21_muon(
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
-        >>> params = {"stem": jnp.eye(4), "head": jnp.eye(4)}
+        >>> params = {"stem": jnp.eye(4, dtype="float32"), "head": jnp.eye(4, dtype="float32")}
         >>> layers, top = dm.layers_by_path(params, ["stem", "head"]), dm.compression.TopK(0.5)
         >>> [dm.compression.payload_bits(top, params, layers.mask(depth)) for depth in (0, 1)]
         [768, 384]
@@ -224,7 +224,7 @@ def payload_bits(
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
-        >>> shapes = {"kernel": jnp.zeros((100, 100))}
+        >>> shapes = {"kernel": jnp.zeros((100, 100), jnp.float32)}
         >>> for compressor in (dm.compression.Identity(), dm.compression.RankK(0.1)):
         ...     print(dm.compression.payload_bits(compressor, shapes))
         320000

@@ -80,7 +80,7 @@ def largest(sizes: Float[Array, "*batch d"], k: int) -> Int[Array, "*batch k"]:
     words = jax.lax.bitcast_convert_type(sizes.astype(jnp.float32), jnp.uint32)
 
     def with_bit(i: Array, threshold: Array) -> Array:
-        higher = threshold | (jnp.uint32(1) << (jnp.uint32(30) - i.astype(jnp.uint32)))
+        higher = threshold | (jnp.uint32(1) << (jnp.uint32(30) - jnp.asarray(i, jnp.uint32)))
         enough = jnp.sum(words >= higher[..., None], axis=-1, dtype=jnp.int32) >= k
         return jnp.where(enough, higher, threshold)
 

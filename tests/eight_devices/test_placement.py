@@ -87,11 +87,11 @@ def test_another_mesh_than_the_one_that_is_set_is_an_error():
 
 
 @pytest.mark.deep
-def test_the_example_of_the_readme_shards_and_learns():
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"^### On a mesh.*?^```python\n(.+?)^```", readme, re.M | re.S)
+def test_the_example_of_the_documentation_shards_and_learns():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "meshes_and_pods.md").read_text()
+    code = re.findall(r"^```python\n(.+?)^```", page, re.M | re.S)[0]
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md, On a mesh", "exec"), names)
+    exec(compile(code, "meshes_and_pods.md", "exec"), names)
     assert names["losses"][-1] < 0.7 * names["losses"][0]
     assert names["mesh"].size == jax.device_count() == 8
     assert_placed((names["params"], names["opt_state"]), (names["shardings"], names["placed"]))
