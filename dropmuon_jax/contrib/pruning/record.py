@@ -87,7 +87,7 @@ def record_kernels(
             "No kernel was found: give at least one batch, and a function in whose program leaves "
             f"of params are multiplied with data, of {paths[:6]}."
         )
-    return {paths[i]: of for i, of in total.items()}
+    return {paths[i]: total[i] for i in sorted(total)}
 
 
 class _Leaf(NamedTuple):
