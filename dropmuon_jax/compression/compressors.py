@@ -91,7 +91,7 @@ class Compressor:
         """Error, naming the leaf, for a matrix that this compressor does not take."""
 
     def contraction(self, norm: str, shape: Shape) -> float:
-        """α in a norm of :data:`NORMS`, for matrices of a shape (rows, cols); 0 if there is none.
+        """α in a norm of `NORMS`, for matrices of a shape (rows, cols); 0 if there is none.
 
         Raises:
             ValueError: For another norm.

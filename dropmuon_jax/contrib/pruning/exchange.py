@@ -51,7 +51,7 @@ def dsnot(
         \varepsilon &\leftarrow \varepsilon + D_j - D_i.
 
     A weight is exchanged once at most, and every output keeps its number of weights. An exchange
-    may move ε beyond zero, and further away, unless `keeps_sign`: then |ε| falls in every cycle.
+    may move ε beyond zero, and further away, unless `keeps_sign`: then `|ε|` falls in every cycle.
 
     Args:
         params: The parameters before the pruning.
@@ -61,7 +61,7 @@ def dsnot(
         grow_weights: What D_i / Var^power is multiplied with to choose what comes back, by default
             nothing. Positive.
         num_cycles: After so many exchanges an output is left.
-        threshold: |ε| of one row (token) at which an output is left.
+        threshold: `|ε|` of one row (token) at which an output is left.
         variance_power: The power of the variances, at least 0.
         keeps_sign: Whether an output is left before ε changes its sign.
         m: The size of a group of neighbouring inputs, as in 2:4, within which weights are
@@ -138,8 +138,8 @@ def r2_dsnot(
 ) -> Masks:
     """Our reading of R²-DSnoT: the exchange of :func:`dsnot` by relative importance.
 
-    The score by which kept weights go is :func:`ria` plus regularizer · ‖W_j:‖_p of the input; what
-    comes back may be weighted by the relative importance, too.
+    The score by which kept weights go is :func:`ria` plus `regularizer · ‖W_j:‖_p` of the input;
+    what comes back may be weighted by the relative importance, too.
 
     Args:
         params: The parameters before the pruning.

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 
     @property
     def rms(self) -> Array:
-        """The root mean square of each feature: the column's norm ‖X_:j‖₂ / √rows."""
+        """The root mean square of each feature: the column's norm `‖X_:j‖₂ / √rows`."""
         return jnp.sqrt(self.variance + self.mean**2)
 
     def merged(self, other: "Moments") -> "Moments":
@@ -58,11 +58,11 @@ class Kernel:
         return to_matrices(leaf, MatrixAxes("", self.fan_in, self.fan_out))
 
     def rms_of_inputs(self) -> Float[Array, "batch fan_in 1"]:
-        """‖X_:j‖₂ / √rows, to be multiplied with :meth:`matrices`."""
+        """`‖X_:j‖₂ / √rows`, to be multiplied with :meth:`matrices`."""
         return self.matrices(self.inputs.rms)[0]
 
     def rms_of_outputs(self) -> Float[Array, "batch 1 fan_out"]:
-        """‖Y_k:‖₂ / √count, to be multiplied with :meth:`matrices`."""
+        """`‖Y_k:‖₂` / √count, to be multiplied with :meth:`matrices`."""
         return self.matrices(self.outputs.rms)[0]
 
 

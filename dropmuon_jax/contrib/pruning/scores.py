@@ -21,7 +21,7 @@ Scores = dict[str, Array]
 
 
 def magnitude(params: Any, kernels: Kernels) -> Scores:
-    """|W_jk|.
+    """The size `|W_jk|`.
 
     Args:
         params: The parameters, all of them.
@@ -39,7 +39,7 @@ def magnitude(params: Any, kernels: Kernels) -> Scores:
 
 
 def wanda(params: Any, kernels: Kernels) -> Scores:
-    """|W_jk| ‖X_:j‖₂: what the outputs lose, in the Frobenius norm, without this one weight.
+    """`|W_jk| ‖X_:j‖₂`: what the outputs lose, in the Frobenius norm, without this one weight.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -58,7 +58,7 @@ def wanda(params: Any, kernels: Kernels) -> Scores:
 
 
 def owanda(params: Any, kernels: Kernels) -> Scores:
-    """|W_jk| ‖Y_k:‖₂, with the output that the weight contributes to.
+    """`|W_jk| ‖Y_k:‖₂`, with the output that the weight contributes to.
 
     Within one output this is the magnitude: compare the scores of a layer or of all.
 
@@ -72,7 +72,7 @@ def owanda(params: Any, kernels: Kernels) -> Scores:
 
 
 def symwanda(params: Any, kernels: Kernels, *, squared: bool = False) -> Scores:
-    """|W_jk| (‖X_:j‖₂ + ‖Y_k:‖₂), or |W_jk| (‖X_:j‖₂² + ‖Y_k:‖₂²)^½ if `squared`.
+    """`|W_jk| (‖X_:j‖₂ + ‖Y_k:‖₂)`, or with `(‖X_:j‖₂² + ‖Y_k:‖₂²)^½` if `squared`.
 
     The first is what ‖X(W̃ - W)‖_F + ‖(W̃ - W)Y‖_F becomes without this one weight; the second the
     root of what the sum of the squares becomes.
@@ -103,7 +103,7 @@ def symwanda(params: Any, kernels: Kernels, *, squared: bool = False) -> Scores:
 
 
 def ria(params: Any, kernels: Kernels, *, power: float | Array = 0.5, order: float = 1.0) -> Scores:
-    """(|W_jk| / ‖W_j:‖_p + |W_jk| / ‖W_:k‖_p) ‖X_:j‖₂^power: relative importance and activation.
+    """`(|W_jk| / ‖W_j:‖_p + |W_jk| / ‖W_:k‖_p) ‖X_:j‖₂^power`: relative importance, activations.
 
     No input and no output loses all of its weights only because they are small.
 
@@ -143,7 +143,7 @@ def ria(params: Any, kernels: Kernels, *, power: float | Array = 0.5, order: flo
 def stochastic_ria(
     params: Any, kernels: Kernels, *, key: PRNGKeyArray, fraction: float = 0.1
 ) -> Scores:
-    """|W_jk| / Σ_S |W_jl| + |W_jk| / Σ_T |W_lk|, over random sets S of outputs and T of inputs.
+    """`|W_jk| / Σ_S |W_jl| + |W_jk| / Σ_T |W_lk|`, over random sets S of outputs and T of inputs.
 
     The relative importance from a part of the weights, without activations. A set has one index at
     random of each of ⌈fraction · n⌉ equal stretches, another one for each input and output.
