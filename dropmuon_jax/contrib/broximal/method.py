@@ -62,8 +62,8 @@ def broximal_point(
     Returns:
         A transformation whose updates are added to the parameters as they are, with no learning
         rate behind it. Its `update` needs `params` and `value_and_grad_fn`, from parameters to the
-        value and the gradient of this batch, and takes `layer_mask` (by default all active): inactive
-        leaves stay where they are in the minimization, too. The state is a
+        value and the gradient of this batch, and takes `layer_mask` (by default all active):
+        inactive leaves stay where they are in the minimization, too. The state is a
         :class:`BroximalPointState`.
 
     Raises:
