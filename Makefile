@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/benchmarks.installed
 	$(BIN)/python benchmarks/compare.py --output-dir results
 
-# What a change of the package may break; five minutes on two cores.
+# What a change of the package may break.
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not deep"
 

@@ -7,6 +7,7 @@ A run that nobody disturbs is compared with one of which a process is killed and
 restore from the last checkpoint.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -89,10 +90,10 @@ class Group:
                 return
             time.sleep(0.05)
         if time.monotonic() >= deadline:
-            self.end()
+            self.close()
             raise SystemExit(f"The processes took more than {self.limit} s: see {self.folder}.")
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends what still runs."""
         for process in self.processes:
             if process.poll() is None:
@@ -100,8 +101,9 @@ class Group:
             process.wait()
 
     def answers(self) -> Record:
-        """What the first process has written; an error if one of them failed."""
-        codes = [process.wait() for process in self.processes]
+        """What the first process has written, when all have ended; an error if one failed."""
+        self.wait()
+        codes = [process.returncode for process in self.processes]
         if any(codes):
             raise SystemExit(f"The processes ended with {codes}: see {self.folder}.")
         return read_json(self.folder / "answers.json")
@@ -120,31 +122,20 @@ def run(settings: ProcessesSettings, work: Work) -> Record:
     base = settings.output_dir.resolve() / "processes"
     shutil.rmtree(base, ignore_errors=True)  # checkpoints of an earlier run
     work.say("all processes, undisturbed")
-    group = Group(settings, base / "undisturbed")
-    try:
-        group.wait()
+    with contextlib.closing(Group(settings, base / "undisturbed")) as group:
         undisturbed = group.answers()
-    finally:
-        group.end()
     work.say("all processes, of which one is killed")
-    group = Group(settings, base / "killed")
-    try:
+    with contextlib.closing(Group(settings, base / "killed")) as group:
         group.wait(until=lambda: steps_taken(base / "killed") >= settings.kill_after)
         group.processes[-1].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         group.wait()
         ended = time.monotonic() - begin
         codes = [process.returncode for process in group.processes]
-    finally:
-        group.end()
     before = [json.loads(of) for of in (base / "killed/losses.jsonl").read_text().splitlines()]
     work.say("new processes, restored")
-    group = Group(settings, base / "killed")
-    try:
-        group.wait()
+    with contextlib.closing(Group(settings, base / "killed")) as group:
         restored = group.answers()
-    finally:
-        group.end()
     return {
         "undisturbed": undisturbed,
         "restored": restored,
