@@ -84,7 +84,11 @@ def shapes_of(name: str) -> list[Shape]:
 def tree_of(name: str) -> dict[str, dict[str, Shape]]:
     """The shapes of parameters: matrices, each with a bias and a scale, and the tables of GPT-2."""
     tree: dict[str, dict[str, Shape]] = {
-        f"{'Conv' if len(shape) == 4 else 'Dense'}_{i}": {"kernel": shape, "bias": shape[-1:], "scale": shape[-1:]}
+        f"{'Conv' if len(shape) == 4 else 'Dense'}_{i}": {
+            "kernel": shape,
+            "bias": shape[-1:],
+            "scale": shape[-1:],
+        }
         for i, shape in enumerate(shapes_of(name))
     }
     tables = {"tokens": {"embedding": (50257, 768)}, "positions": {"embedding": (1024, 768)}}
