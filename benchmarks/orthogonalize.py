@@ -30,7 +30,7 @@ class OrthogonalizeSettings(Settings):
     updates: tuple[ListName, ...] = ("gpt2", "resnet18", "64x64x4", "64x64x16")
     """Lists whose whole update to time, with two vectors for each matrix: momentum,
     orthogonalization, learning rate, sum, and Adam for vectors and tables. adamw takes part."""
-    others: tuple[OtherName, ...] = ("four_steps", "seven_steps", "turbo_muon")
+    others: tuple[OtherName, ...] = ("nonic", "seven_steps", "turbo_muon")
     """Who takes part beside optax_muon and newton_schulz, which is newton_schulz_lmo() as it comes.
     The first two have as many steps of Polar Express, the next three other polynomials."""
     others_limit: NonNegative = 100.0

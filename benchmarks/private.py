@@ -27,12 +27,13 @@ from records import rounded
 from study import Count, Distinct, Positive, Record, Settings, Study, Whole, Work
 
 MethodName = Literal["norm_ec", "dp_norm", "clip21", "norm_ec_without_noise"]
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 # What is tuned of each method beside the rate, as many values of each.
 SECOND: dict[str, tuple[str, tuple[float, ...]]] = {
-    "norm_ec": ("β", (0.01, 0.1, 1.0)),
-    "dp_norm": ("α", (0.01, 0.1, 1.0)),
-    "clip21": ("τ", (0.01, 0.1, 1.0)),
-    "norm_ec_without_noise": ("β", (0.01, 0.1, 1.0)),
+    "norm_ec": ("β", SECONDS),
+    "dp_norm": ("α", SECONDS),
+    "clip21": ("τ", SECONDS),
+    "norm_ec_without_noise": ("β", SECONDS),
 }
 TITLES = {
     "norm_ec": "α-NormEC",
@@ -67,7 +68,7 @@ class PrivateSettings(Settings):
     """Likewise."""
     alpha: Positive = 0.1
     """α of NormEC."""
-    rates: Distinct[Positive] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: Distinct[Positive] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Of which each method takes the best; its steps have length 1, times the rate."""
     num_evaluations: Count = 10
     """On the way of a run."""

@@ -47,7 +47,7 @@ def published_rows(name, num_steps=None):
 
 
 def polynomial_polar_factor(matrix, rows, start="frobenius"):
-    """X ← aX + bXXᵀX + c(XXᵀ)²X for each row (a, b, c), from X = matrix / its norm."""
+    """X ← aX + bXXᵀX + c(XXᵀ)²X + … for each row (a, b, c, …), from X = matrix / its norm."""
     if matrix.shape[0] > matrix.shape[1]:
         return polynomial_polar_factor(matrix.T, rows, start).T
     gram = matrix @ matrix.T
@@ -57,8 +57,9 @@ def polynomial_polar_factor(matrix, rows, start="frobenius"):
         "aol": np.abs(gram).sum(axis=1, keepdims=True) ** 0.5,  # one for each row
     }
     x = matrix / norms[start]
-    for a, b, c in rows:
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    for row in rows:
+        powers = (np.linalg.matrix_power(x @ x.T, i) @ x for i in range(len(row)))
+        x = sum(c * power for c, power in zip(row, powers, strict=True))
     return x
 
 

@@ -32,7 +32,7 @@ def test_networks_have_the_published_numbers_of_weights(name, published):
 
 @pytest.mark.parametrize("method", [REFERENCE, DEFAULT])
 def test_an_optimizer_orthogonalizes_kernels_and_gives_everything_else_to_adam(method):
-    gradients, tx = make_arrays(tree_of("4x9"), "float32")["layer_0"], optimizer(method)
+    gradients, tx = make_arrays(tree_of("4x9"), "float32")["Dense_0"], optimizer(method)
     updates, _ = tx.update(gradients, tx.init(gradients), gradients)
     values = np.linalg.svd(updates["kernel"] / (1e-3 * math.sqrt(9 / 4)), compute_uv=False)
     assert 0.6 < values.min() <= values.max() < 1.3

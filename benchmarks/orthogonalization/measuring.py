@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from matrix_products import product_flops
-from orthogonalization.methods import NUM_STEPS, REFERENCE, optimizer, orthogonalizer
+from orthogonalization.methods import DEGREES, NUM_STEPS, REFERENCE, optimizer, orthogonalizer
 from orthogonalization.subjects import Shape, make_arrays, matrix_shape, needed_flops
 from study import Record
 
@@ -96,7 +96,8 @@ def measure(
         say(f"compiling {method}")
         calls[method], made[method] = program()
         steps = NUM_STEPS.get(method, 5)
-        made[method]["needed_flops"] = steps and needed_flops(shapes, steps)
+        degree = DEGREES.get(method, 5)
+        made[method]["needed_flops"] = steps and needed_flops(shapes, steps, degree)
     dtypes = sorted({dtype for program in made.values() for dtype in program["product_flops"]})
     say("warming up")
     for dtype in dtypes:

@@ -13,19 +13,24 @@ from orthogonalization.subjects import Shape
 
 REFERENCE = "optax_muon"  # whom time and error are against
 DEFAULT = "newton_schulz"  # this package as it comes
-OtherName = Literal["four_steps", "seven_steps", "turbo_muon", "muon", "dion", "bfloat16", "svd"]
+OtherName = Literal[
+    "nonic", "four_steps", "seven_steps", "turbo_muon", "muon", "dion", "bfloat16", "svd"
+]
 METHODS: tuple[str, ...] = (REFERENCE, DEFAULT, *get_args(OtherName))
 # Where there are not 5.
 NUM_STEPS: dict[str, int | None] = {
+    "nonic": 3,
     "four_steps": 4,
     "seven_steps": 7,
     "turbo_muon": 4,
     "svd": None,
     "adamw": None,
 }
+DEGREES = {"nonic": 9}  # the others have 5
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     # On none of the matrices measured here is its error larger than optax.contrib.muon's.
+    "nonic": {"coefficients": "nonic"},
     "four_steps": {
         "coefficients": dm.orthogonalize.polar_express_coefficients(4, smallest=3.5e-3),
         "preconditioning": "schatten",

@@ -84,7 +84,11 @@ def shapes_of(name: str) -> list[Shape]:
 def tree_of(name: str) -> dict[str, dict[str, Shape]]:
     """The shapes of parameters: matrices, each with a bias and a scale, and the tables of GPT-2."""
     tree: dict[str, dict[str, Shape]] = {
-        f"layer_{i}": {"kernel": shape, "bias": shape[-1:], "scale": shape[-1:]}
+        f"{'Conv' if len(shape) == 4 else 'Dense'}_{i}": {
+            "kernel": shape,
+            "bias": shape[-1:],
+            "scale": shape[-1:],
+        }
         for i, shape in enumerate(shapes_of(name))
     }
     tables = {"tokens": {"embedding": (50257, 768)}, "positions": {"embedding": (1024, 768)}}
@@ -106,12 +110,13 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def needed_flops(shapes: Sequence[Shape], num_steps: int) -> int:
-    """FLOPs of the products without which quintic steps cannot be taken, summed over matrices.
+def needed_flops(shapes: Sequence[Shape], num_steps: int, degree: int = 5) -> int:
+    """FLOPs of the products without which steps of degree 5 or 9 cannot be taken, of all matrices.
 
     For n × m, n ≤ m, on the Gram matrix, which the plain form never undercuts: R = XXᵀ; each step
-    H = aI + bR + cR², Q ← QH, R ← RHH, where the first Q is free and the last R not needed; at the
-    end QX. All but the last are symmetric, and are counted in half.
+    H = h(R) in one product or two, Q ← QH, R ← RHH, where the first Q is free and the last R not
+    needed; at the end QX. All but the last are symmetric, and are counted in half.
     """
     sides = [sorted(matrix_shape(shape)) for shape in shapes]
-    return sum(3 * n * n * m + (4 * num_steps - 3) * n**3 for n, m in sides)
+    on_gram = ({5: 1, 9: 2}[degree] + 3) * num_steps - 3
+    return sum(3 * n * n * m + on_gram * n**3 for n, m in sides)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dropmuon_jax._checks import describe
+from dropmuon_jax._checks import check_floating, describe
 from dropmuon_jax.layers.matrices import MatrixAxes, to_matrices
 
 Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
@@ -137,6 +137,21 @@ def check_polar_factors(stack: Matrices, result: Any) -> Matrices:
     return result
 
 
+def check_matrices(x: Any) -> None:
+    """Error unless something is an array of matrices."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(
+            f"newton_schulz orthogonalizes an array, got {describe(x)}. For a tree take "
+            "newton_schulz_lmo."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        check_floating("the array to orthogonalize", x.dtype)
+    if x.ndim < 2:
+        raise ValueError(
+            f"The array to orthogonalize must have shape (*batch, rows, cols), got {x.shape}."
+        )
+
+
 def in_slices(function: Orthogonalize, stack: Matrices, memory_limit: int) -> Matrices:
     """`function` of the stack, in slices that take `memory_limit` bytes where it needs more."""
     size = _slice_size(stack, memory_limit)
@@ -203,7 +218,34 @@ def finite_or_nan(x: Array) -> Array:
 def to_unit_entries(x: Array, axes: int | tuple[int, ...] = (-2, -1)) -> tuple[Array, Array]:
     """The numbers times 2⁻ᵉ, exactly, the largest along the axes in [1/2, 1), and the integers e.
 
-    The squares of 1e-30 and of 1e30 are then in range. The axes of e have length 1.
+    The squares of 1e-30 and of 1e30 are then in range. The axes of e have length 1. Zeros, numbers
+    that are not finite, and those too small to be normal, keep their size.
     """
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0))
-    return jnp.ldexp(x, -exponent), exponent
+    if x.dtype == jnp.float16:  # 1e-5 is no normal number there
+        y, exponent = to_unit_entries(x.astype(jnp.float32), axes)
+        return y.astype(x.dtype), exponent
+    exponent = _largest_exponent(x, axes)
+    # In two factors, as 2⁻ᵉ itself may be out of range.
+    half = exponent // 2
+    return x * _power_of_two(-half, x.dtype) * _power_of_two(half - exponent, x.dtype), exponent
+
+
+def _largest_exponent(x: Array, axes: int | tuple[int, ...]) -> Array:
+    """The e with which the largest |x| along the axes is in [2ᵉ⁻¹, 2ᵉ); 0 for what has none.
+
+    Bits of floating-point numbers without their sign are ordered as the numbers are. On a CPU the
+    maximum of integers takes a fifth of the time of that of |x| for 64×64 numbers (jax 0.10).
+    """
+    info = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, f"int{info.bits}")
+    largest = jnp.max(bits & jnp.iinfo(bits.dtype).max, axis=axes, keepdims=True, initial=0)
+    biased = (largest >> info.nmant).astype(jnp.int32)
+    normal = (biased > 0) & (biased < 2 * info.maxexp - 1)
+    return jnp.where(normal, biased - (int(info.maxexp) - 2), 0)
+
+
+def _power_of_two(exponent: Array, dtype: np.dtype) -> Array:
+    """2 to an integer, if that is a normal number of the dtype."""
+    info = jnp.finfo(dtype)
+    bits = (exponent + (int(info.maxexp) - 1)).astype(f"int{info.bits}") << info.nmant
+    return jax.lax.bitcast_convert_type(bits, dtype)

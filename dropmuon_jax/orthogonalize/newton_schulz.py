@@ -2,13 +2,14 @@
 
 X ← aX + b(XXᵀ)X + c(XXᵀ)²X maps every singular value x of X to p(x) = ax + bx³ + cx⁵ and leaves the
 singular vectors alone. With R = XXᵀ and H = aI + bR + cR² it is X ← HX, R ← HRH, so that several
-steps can be taken on the small R alone: Q ← QH, and X ← QX at the end of a segment.
+steps can be taken on the small R alone: Q ← QH, and X ← QX at the end of a segment. A polynomial of
+degree 9 has H = (pI + qR + sR²)(…), one product more.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,25 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dropmuon_jax._checks import check_choice, check_floating, describe
 from dropmuon_jax._counterparts import names_counterparts
-from dropmuon_jax.orthogonalize.batches import to_unit_entries
-from dropmuon_jax.orthogonalize.polynomials import (
+from dropmuon_jax.orthogonalize.batches import check_matrices, to_unit_entries
+from dropmuon_jax.orthogonalize.coefficients import (
     Coefficients,
+    check_float16,
+    resolve_dtype,
+    resolve_polynomials,
+    resolve_precision,
+)
+from dropmuon_jax.orthogonalize.polynomials import (
+    OddPolynomial,
     Polynomials,
     choose_segments,
     count_products,
-    resolve_polynomials,
+    factors,
 )
 
 Product = Callable[[Float[Array, "*batch n k"], Float[Array, "*batch k m"]], Array]
+# A symmetric matrix [[A, B], [Bᵀ, C]] whole, or as (A, B, C).
+Symmetric = tuple[Array, ...]
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Unit roundoffs of products of float32 at JAX's default precision: on a GPU and on a TPU.
 TF32, BFLOAT16 = 2.0**-11, 2.0**-8
-# From this size on two parts of a symmetric product are faster than the whole on a CPU: measured
-# 1.10× at 768 and 1.19× at 1536 rows, and 0.96× at 512.
-_SYMMETRIC_FROM = 768
+# From this number of rows on symmetric matrices are faster in blocks on a CPU.
+_BLOCKS_FROM = 384
 
 
 @names_counterparts
@@ -67,11 +74,11 @@ def newton_schulz(
          [ 0. -1.  0.]]
     """
     polynomials = resolve_polynomials(coefficients, num_steps, preconditioning)
-    precision = _check_precision(precision)
+    precision = resolve_precision(precision)
     if dtype is not None:
-        dtype = _check_dtype(dtype)
+        dtype = resolve_dtype(dtype)
         if dtype == jnp.float16:
-            _check_float16(polynomials)
+            check_float16(polynomials)
     return NewtonSchulz(polynomials, dtype, precision)
 
 
@@ -85,7 +92,7 @@ class NewtonSchulz:
 
     def __call__(self, x: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
         """The polar factors of the matrices."""
-        _check_matrices(x)
+        check_matrices(x)
         result_dtype = x.dtype
         x = x.astype(np.promote_types(x.dtype, np.float32))
         arithmetic = x.dtype if self.dtype is None else self.dtype
@@ -113,9 +120,10 @@ class NewtonSchulz:
         """
         num_rows, num_cols = sorted((num_rows, num_cols))
         roundoff = _roundoff(self.dtype or np.float32)
-        segments = choose_segments(self.polynomials.eased(roundoff), num_rows, num_cols, roundoff)
-        on_both = count_products(segments, num_rows, num_cols)
-        on_gram = count_products(segments, num_rows, 0)
+        coefficients = self.polynomials.eased(roundoff)
+        segments = choose_segments(coefficients, num_rows, num_cols, roundoff)
+        on_both = count_products(coefficients, segments, num_rows, num_cols)
+        on_gram = count_products(coefficients, segments, num_rows, 0)
         return on_both - on_gram, on_gram
 
 
@@ -123,25 +131,88 @@ def _iterate(
     x: Float[Array, "*batch rows cols"], polynomials: Polynomials, products: Products
 ) -> Float[Array, "*batch rows cols"]:
     """X ← p(X) for each of the polynomials in turn."""
-    roundoff, product, symmetric_product = products
+    roundoff, product, split = products
     coefficients = polynomials.eased(roundoff)
     num_rows, num_cols = x.shape[-2:]
     identity = jnp.eye(num_rows, dtype=x.dtype).reshape((1,) * (x.ndim - 2) + (num_rows, num_rows))
+    identity = split(identity)
     steps = iter(coefficients)
     for segment, length in enumerate(choose_segments(coefficients, num_rows, num_cols, roundoff)):
-        gram, q = symmetric_product(x, x.mT), identity
-        scale = _SCALES[polynomials.preconditioning](gram) if segment == 0 else None
-        if scale is not None:
-            gram = scale * gram * scale.mT
+        gram, q, scale = _gram(x, product, len(identity)), identity, None
+        if segment == 0:
+            whole = _join(gram)
+            scale = _SCALES[polynomials.preconditioning](whole)
+            gram = split(scale * whole * scale.mT)
         for step in range(length):
-            a, b, c = next(steps)
-            h = a * identity + b * gram
-            h = h + c * symmetric_product(gram, gram) if c else h
-            q = symmetric_product(q, h) if step else h
+            h = _polynomial(next(steps), gram, identity, product)
+            q = _multiply(q, h, product) if step else h
             if step + 1 < length:
-                gram = symmetric_product(symmetric_product(gram, h), h)
-        x = product(q if scale is None else q * scale.mT, x)
+                gram = _multiply(_multiply(gram, h, product), h, product)
+        whole = _join(q)
+        x = product(whole if scale is None else whole * scale.mT, x)
     return x
+
+
+def _polynomial(
+    step: OddPolynomial, gram: Symmetric, identity: Symmetric, product: Product
+) -> Symmetric:
+    """H = h(R), with p(x) = x h(x²)."""
+    first, second = factors(step)
+    powers = [identity, gram]
+    if len(first) > 2:
+        powers.append(_multiply(gram, gram, product))
+    h = _combine(first, powers)
+    if second is not None:
+        h = _multiply(h, _combine(second, powers), product)
+    return h
+
+
+# --- Symmetric matrices ---------------------------------------------------------------------------
+#
+# Polynomials of one symmetric matrix R commute, so that their products are symmetric as well: in
+# blocks they take six products of half the size rather than eight, and nothing is copied.
+
+
+def _join(blocks: Symmetric) -> Float[Array, "*batch n n"]:
+    """The whole matrix."""
+    if len(blocks) == 1:
+        return blocks[0]
+    a, b, c = blocks
+    top, bottom = jnp.concatenate([a, b], axis=-1), jnp.concatenate([b.mT, c], axis=-1)
+    return jnp.concatenate([top, bottom], axis=-2)
+
+
+def _gram(x: Float[Array, "*batch n k"], product: Product, num_blocks: int) -> Symmetric:
+    """XXᵀ, in as many blocks."""
+    if num_blocks == 1:
+        return (product(x, x.mT),)
+    half = x.shape[-2] // 2
+    top, bottom = x[..., :half, :], x[..., half:, :]
+    return product(top, top.mT), product(top, bottom.mT), product(bottom, bottom.mT)
+
+
+def _multiply(x: Symmetric, y: Symmetric, product: Product) -> Symmetric:
+    """XY, of matrices that commute."""
+    if len(x) == 1:
+        return (product(x[0], y[0]),)
+    (a, b, c), (d, e, f) = x, y
+    return (
+        product(a, d) + product(b, e.mT),
+        product(a, e) + product(b, f),
+        product(b.mT, e) + product(c, f),
+    )
+
+
+def _combine(coefficients: Sequence[float], matrices: Sequence[Symmetric]) -> Symmetric:
+    """The sum of as many of the matrices as there are coefficients, times these."""
+    pairs = list(zip(coefficients, matrices, strict=False))
+    return tuple(
+        sum((c * matrix[i] for c, matrix in pairs[1:]), pairs[0][0] * pairs[0][1][i])
+        for i in range(len(matrices[0]))
+    )
+
+
+# --- The start ------------------------------------------------------------------------------------
 
 
 def _safe_rsqrt(x: Array) -> Array:
@@ -177,8 +248,8 @@ class Products(NamedTuple):
     """Unit roundoff of the factors; sums are in float32 at least."""
     product: Product
     """AB."""
-    symmetric_product: Product
-    """AB, where it is known to be symmetric."""
+    split: Callable[[Array], Symmetric]
+    """A symmetric matrix in the blocks in which it is multiplied."""
 
 
 def cpu_products(dtype: Any) -> Products:
@@ -192,12 +263,7 @@ def cpu_products(dtype: Any) -> Products:
             a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
         return jnp.matmul(a.astype(accumulator), b.astype(accumulator))
 
-    def symmetric_product(a: Array, b: Array) -> Array:
-        if a.shape[-1] == a.shape[-2] >= _SYMMETRIC_FROM:
-            return _in_parts(a, b, product)
-        return product(a, b)
-
-    return Products(_roundoff(dtype), product, symmetric_product)
+    return Products(_roundoff(dtype), product, _split_on_cpu)
 
 
 def accelerator_products(
@@ -211,73 +277,18 @@ def accelerator_products(
         return jnp.matmul(a, b, precision=precision, preferred_element_type=accumulator)
 
     rounded = dtype == jnp.float32 and precision is not jax.lax.Precision.HIGHEST
-    return Products(float32_roundoff if rounded else _roundoff(dtype), product, product)
+    return Products(
+        float32_roundoff if rounded else _roundoff(dtype), product, lambda matrix: (matrix,)
+    )
 
 
 def _roundoff(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def _in_parts(a: Array, b: Array, product: Product) -> Array:
-    """AB from its upper half and its lower right quarter: three quarters of the operations."""
-    half = a.shape[-2] // 2
-    top = product(a[..., :half, :], b)
-    corner = product(a[..., half:, :], b[..., half:])
-    bottom = jnp.concatenate([top[..., half:].mT, corner], axis=-1)
-    return jnp.concatenate([top, bottom], axis=-2)
-
-
-def _check_matrices(x: Any) -> None:
-    """Error unless something is an array of matrices."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(
-            f"newton_schulz orthogonalizes an array, got {describe(x)}. For a tree take "
-            "newton_schulz_lmo."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        check_floating("the array to orthogonalize", x.dtype)
-    if x.ndim < 2:
-        raise ValueError(
-            f"The array to orthogonalize must have shape (*batch, rows, cols), got {x.shape}."
-        )
-
-
-def _check_dtype(dtype: Any) -> np.dtype:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        raise TypeError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}.") from None
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {name!r}.")
-    return jnp.dtype(dtype)
-
-
-def _check_precision(precision: Any) -> jax.lax.Precision | None:
-    if precision is None or isinstance(precision, jax.lax.Precision):
-        return precision
-    known = {level.name.lower(): level for level in jax.lax.Precision}
-    name = str(precision).lower()
-    check_choice("precision", name, known)
-    return known[name]
-
-
-def _check_float16(polynomials: Polynomials) -> None:
-    """Error if a matrix of the iteration could exceed the largest number of float16."""
-    limit = float(np.finfo(np.float16).max)
-    if polynomials.preconditioning == "aol":
-        raise ValueError(
-            'preconditioning="aol" divides each row of a matrix by its own norm, and one of a '
-            "small row overflows in float16. Take dtype=jnp.bfloat16 or float32, or another "
-            "preconditioning."
-        )
-    eigenvalues = np.linspace(0, 1, 4001)
-    for a, b, c in polynomials.coefficients:
-        with np.errstate(over="ignore", invalid="ignore"):
-            h = a + b * eigenvalues + c * eigenvalues**2
-            eigenvalues = eigenvalues * h**2
-        largest = max(np.abs(h).max(), eigenvalues.max())
-        if not largest < limit:
-            raise ValueError(
-                f"With these coefficients the iteration reaches {largest:.1e}, which overflows in "
-                "float16. Take dtype=jnp.bfloat16 or float32."
-            )
+def _split_on_cpu(matrix: Array) -> Symmetric:
+    size = matrix.shape[-1]
+    if size < _BLOCKS_FROM:
+        return (matrix,)
+    half = size // 2
+    return matrix[..., :half, :half], matrix[..., :half, half:], matrix[..., half:, half:]

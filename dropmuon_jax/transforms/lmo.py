@@ -16,8 +16,8 @@ from dropmuon_jax.layers.matrices import part_shapes, sum_of_each
 from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.orthogonalize.batches import DEFAULT_MEMORY_LIMIT, execution, working_bytes
+from dropmuon_jax.orthogonalize.coefficients import Coefficients
 from dropmuon_jax.orthogonalize.newton_schulz import newton_schulz
-from dropmuon_jax.orthogonalize.polynomials import Coefficients
 from dropmuon_jax.schedules import (
     AdaptiveRadius,
     Radius,
@@ -59,7 +59,7 @@ def newton_schulz_lmo(
           \langle M, Z \rangle
 
     It keeps the gradient's sign, so that `optax.scale_by_learning_rate` descends. UVᵀ is
-    approximated by odd polynomials; a zero matrix gives zero. This is :func:`norm_lmo` of the norm
+    approximated by odd polynomials, and 0 for 0. This is :func:`norm_lmo` of the norm
     `spectral_norm(shape_factor, orthogonalize=newton_schulz(…))`.
 
     **Accuracy.** Singular values of M that are at least 1e-3 or 1e-2 of ‖M‖_F become
@@ -70,6 +70,7 @@ def newton_schulz_lmo(
     "polar_express", 5        [0.86, 1.14]      [0.87, 1.13]
     "polar_express", 6        1 ± 2e-3          1 ± 2e-3
     "polar_express", 7        1 ± 1e-4          1 ± 1e-4
+    "nonic", 3                [0.37, 1.17]      [0.83, 1.17]
     "dion", 5                 [0.47, 1.15]      [0.97, 1.04]
     "muon", 5                 [0.46, 1.21]      [0.68, 1.14]
     "turbo_muon", 4           —                 [0.78, 1.06]
@@ -77,8 +78,8 @@ def newton_schulz_lmo(
     "polar_express", 5, bf16  [0.00, 1.14]      [0.82, 1.14]
     ========================  ================  ================
 
-    on a CPU, and smaller ones less. A GPU or TPU rounds products of float32 to TF32 or bfloat16
-    unless `precision` says otherwise: expect the bands of f16 or bf16 there.
+    and smaller ones less: on a CPU. A GPU or TPU rounds float32 to TF32 or bfloat16, with the
+    bands of f16 or bf16, unless `precision` says otherwise.
 
     Args:
         radius: Size of the ball: a positive number or scalar array, a schedule of it over all
@@ -86,22 +87,22 @@ def newton_schulz_lmo(
             as in :func:`layers_by_path`, to these, which must match every leaf once.
         shape_factor: How the ball grows with the shape: "spectral", "muon", "moonlight",
             "rms_to_rms" or "scion", of the table of :func:`~dropmuon_jax.norms.spectral_norm`.
-        coefficients: "polar_express", "dion", "muon", "turbo_muon", or a sequence of (a, b, c), one
-            for each step X ← aX + b(XXᵀ)X + c(XXᵀ)²X, such as
-            :func:`~dropmuon_jax.orthogonalize.polar_express_coefficients` gives. Static.
-        num_steps: Number of steps, static; by default 4 for "turbo_muon" and 5 for other names. A
-            named set is cut off, or its last polynomial repeated; only "polar_express" comes nearer
-            to 1 with every step.
+        coefficients: "polar_express", "nonic", "dion", "muon", "turbo_muon", or a sequence of
+            (a, b, c), one for each step X ← aX + b(XXᵀ)X + c(XXᵀ)²X (up to degree 9, with five
+            numbers), such as :func:`~dropmuon_jax.orthogonalize.polar_express_coefficients` gives.
+            Static. "nonic", of degree 9, is the fastest.
+        num_steps: Number of steps, static; by default 3 for "nonic", 4 for "turbo_muon", else 5. A
+            named set is cut off, or its last polynomial repeated; only "polar_express" and "nonic"
+            come nearer to 1 with every step.
         preconditioning: What M is divided by first, to bring its singular values into [0, 1]:
-            "frobenius", ‖M‖_F; "schatten", the smaller ‖MMᵀ‖_F^½, the default of "polar_express";
-            or "aol", row by row, which changes the singular vectors, the default of "turbo_muon".
-        dtype: Dtype of the factors of the matrix products: float32, bfloat16 or float16; sums are
-            in float32 at least. By default float32, and float64 for float64 leaves.
+            "frobenius", ‖M‖_F; "schatten", the smaller ‖MMᵀ‖_F^½, as "polar_express" and "nonic"
+            have it; or "aol", row by row, which rotates singular vectors, as "turbo_muon" has it.
+        dtype: Of the factors of products: float32, bfloat16 or float16; sums are in float32 at
+            least. By default float32, and float64 for float64 leaves.
         precision: `jax.lax.Precision` of the products on a GPU or TPU, or its name.
         dimension_numbers: Which axes are fan-in and which fan-out; see :func:`norm_lmo`.
-        memory_limit: Working memory of the iteration in bytes, static; by default 256 MiB, or what
-            one matrix needs. Beyond it the matrices of a shape pass in slices, in a loop; their
-            stack in float32 comes on top.
+        memory_limit: Working memory in bytes, static; by default 256 MiB, or what one matrix needs.
+            Beyond it the matrices of a shape pass in slices; their stack in float32 comes on top.
 
     Returns:
         A transformation whose `update` takes the extra argument `layer_mask` (by default all
@@ -112,8 +113,8 @@ def newton_schulz_lmo(
         ValueError: At construction, for an argument that is not among the known ones or out of its
             range, or an iteration that overflows in float16. At `init`, with the path, for a leaf
             that is no matrix: one with fewer than two axes, or with three or more than four axes
-            and no dimension numbers (a stack of matrices and a 1-D convolution look the same); for
-            patterns that do not fit; and for a matrix that needs more than `memory_limit`.
+            and no dimension numbers (a stack and a 1-D convolution look the same); for patterns
+            that do not fit; and for a matrix that needs more than `memory_limit`.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -126,8 +127,8 @@ def newton_schulz_lmo(
     References:
         Jordan et al., *Muon*, 2024; Pethick et al., *Scion*, 2025, arXiv:2502.07529. Amsel et al.,
         *The Polar Express*, 2025, arXiv:2505.16932; Ahn et al., *Dion*, 2025, arXiv:2504.05295,
-        whose repository has You's coefficients; Boissin et al., *Turbo-Muon*, 2025,
-        arXiv:2512.04632, with "aol"; Grishina et al., 2025, arXiv:2506.10935, with "schatten".
+        with You's coefficients; Boissin et al., *Turbo-Muon*, 2025, arXiv:2512.04632, with "aol";
+        Grishina et al., 2025, arXiv:2506.10935, with "schatten".
     """
     kernel = newton_schulz(
         coefficients,
@@ -161,8 +162,7 @@ def norm_lmo(
     layers)`.) The returned transformation and the errors are those of :func:`newton_schulz_lmo`.
 
     Args:
-        norm: The norm, such as `dm.norms.sign_norm()`, the same for every leaf; send leaves with
-            other norms through chains of their own, by :func:`chain_subtrees`.
+        norm: Of every leaf, such as `dm.norms.sign_norm()`; for several see :func:`chain_subtrees`.
         radius: Size of the ball, as there.
         dimension_numbers: Which axes of a matrix are fan-in and which fan-out; all others are batch
             axes, and each matrix of a batch has a ball of its own. One
@@ -171,7 +171,7 @@ def norm_lmo(
             path patterns to one each, or to `dm.layers.Parts` of an axis that has parts. Leaves
             without any are taken as Flax kernels: (in, out), or (height, width, in, out) with
             fan-in height · width · in.
-        memory_limit: Working memory in bytes of a norm with an iteration, static.
+        memory_limit: Of a norm with an iteration: its working memory in bytes, static.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -128,7 +129,7 @@ def broximal_point(
         def value_and_grad(point: list[Array]) -> tuple[Array, list[Array]]:
             narrow = [z.astype(leaf.dtype) for z, leaf in zip(point, leaves, strict=True)]
             value, grads = value_and_grad_fn(structure.unflatten(narrow))
-            return value.astype(jnp.promote_types(value.dtype, jnp.float32)), active(grads)
+            return value.astype(np.promote_types(value.dtype, np.float32)), active(grads)
 
         radii = [
             jnp.asarray(of(state.count) if callable(of) else of)
@@ -150,4 +151,4 @@ def broximal_point(
 
 
 def _wide(leaf: Array) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return np.promote_types(leaf.dtype, np.float32)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import check_nonnegative, check_parameters, static_int
@@ -100,7 +101,7 @@ def brox(
         value, grads = jax.value_and_grad(f)(structure.unflatten(point))
         return value, jax.tree.leaves(grads)
 
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    wide = [leaf.astype(np.promote_types(leaf.dtype, np.float32)) for leaf in leaves]
     _, grads = value_and_grad(wide)
     found = minimise(value_and_grad, wide, grads, balls, tolerance, max_steps)
     restored = [z.astype(leaf.dtype) for z, leaf in zip(found.point, leaves, strict=True)]

