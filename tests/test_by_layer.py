@@ -54,11 +54,14 @@ def drop_muon(momentum=0.9, **options):
 
 CORRECTED = dm.momentum(0.9, nesterov=True, bias_correction=True)
 LINK = dm.layer_mask_sampler(LAYERS, dm.uniform_depth(), seed=0)
-# And the number of different updates of a layer: of the stem, of those between, and of the head.
+TIME_AWARE = dm.DepthSampler(LAYERS, dm.time_aware_depth([5.0, 4.0, 3.0, 2.0, 1.0]), seed=1)
+# And the number of different updates: of the stem, of those between, of the head, and of a record
+# of all at each depth.
 OPTIMIZERS = {
     "plain": (drop_muon(weight_decay=0.1), 3),
     "a number of each leaf in one vector": (drop_muon(CORRECTED), 3),
     "two gradients": (drop_muon(dm.mvr_momentum(0.9)), 3),
+    "a record of gains": (dm.record_gains(drop_muon(), TIME_AWARE), 8),
     "whose state frozen layers change": (optax.chain(optax.adamw(0.1), LINK), 5),
 }
 

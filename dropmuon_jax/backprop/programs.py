@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -11,28 +10,29 @@ from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from dropmuon_jax.backprop.carried import without_collector
 from dropmuon_jax.layers.trees import leaf_paths
 from dropmuon_jax.orthogonalize.batches import joining_within
-from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
-from dropmuon_jax.sampling.sampler import DepthSampler
 
+_SEVERAL = -1  # in place of a layer
 Program = tuple[Any, jax.stages.Lowered]  # a jitted function, and what it was lowered to
 
 
 class Part(NamedTuple):
-    """What of an update depends on the gradient of one layer."""
+    """What of an update depends on the gradient of one layer, or on numbers of several."""
 
     program: Program
     overwritten: list[int]
-    """Inputs, among the gradients, all that is carried on, and scalars that layers share."""
+    """Inputs, among the gradients, all that is carried on, scalars that layers share, and sums."""
     read: list[int]
     """Likewise."""
     results: list[int]
     """Among what is carried on."""
+    sums: list[int]
+    """Further results: numbers of the layer, among the inputs of a program of what is left."""
 
 
 class ByLayer:
@@ -45,15 +45,15 @@ class ByLayer:
         gradient: A function of `(carried, others, static)` that returns gradients, what is last in
             `carried` as the loss leaves it, and what else the step returns.
         update: A function of `(gradients, carried, static)` that returns what else is in `carried`.
-        carried: Parameters, state and a rest, to trace with.
-        others: Likewise.
+        carried: Parameters, state and a rest, to trace with, as `others`.
+        others: What else a step is given.
         static: What it is compiled for.
         layer_of: The layer of each leaf of the parameters, by its path.
         programs: Those that there are, by their texts; new ones are added.
         donate: Whether what changes is overwritten.
 
     Raises:
-        ValueError: If something that is carried on depends on gradients of several layers.
+        ValueError: If a result depends on arrays of several layers, and not only on numbers.
     """
 
     def __init__(
@@ -79,13 +79,21 @@ class ByLayer:
         of_params = list(map(layer_of.get, leaf_paths(carried[0])))
         of_inputs = of_params * (num_grads // max(1, len(of_params)) + 1)
         layers = _layers_of_variables(whole.jaxpr, of_inputs)
-        results = _results_by_layer(whole.jaxpr, layers, paths)
-        self._common = results.pop(None, [])
+        results = _results_by_layer(whole.jaxpr, layers, len(paths))
+        self._common, several = results.pop(None, []), results.pop(_SEVERAL, [])
         scalars = _common_scalars(whole.jaxpr, layers)
+        sums = _sums_of_layers(whole.jaxpr, layers, {i: paths[i] for i in several})
         of_common, read_by_common = _cut(whole, self._common, more=scalars)
-        cuts = {layer: _cut(whole, of, known=scalars) for layer, of in results.items()}
-        uses = Counter(chain(*(used for _, used in cuts.values())))
+        cuts = []
+        for layer, of in results.items():
+            own_sums = [i for i, x in enumerate(sums) if layers[x] == {layer}]
+            more = [sums[i] for i in own_sums]
+            cuts.append((of, own_sums, *_cut(whole, of, known=scalars, more=more)))
+        if several:
+            cuts.append((several, [], *_cut(whole, several, known=[*scalars, *sums])))
+        uses = Counter(chain(*(used for *_, used in cuts)))
         self._grads = [i for i in range(num_grads) if uses[i]]
+        self._num_sums = len(sums)
 
         def step_gradient(leaves: list[Any], others: Any, static: Any) -> Any:
             grads, rest, more = of_gradient(jax.tree.unflatten(tree, leaves), others, static)
@@ -95,32 +103,36 @@ class ByLayer:
             return [grads[i] for i in self._grads], found, jax.tree.leaves(rest), more
 
         self._gradient: Any = jax.jit(step_gradient, static_argnums=2)
-        placed = [_placed_like(x, leaves[0]) for x in (*shapes, *(x.aval for x in scalars))]
+        numbers = [x.aval for x in (*scalars, *sums)]
+        placed = [_placed_like(x, leaves[0]) for x in (*shapes, *numbers)]
         known = [*placed[:num_grads], *kept, *placed[num_grads:]]
+        first_sum = len(known) - len(sums)
         self._parts = []
-        for layer, (function, used) in cuts.items():
-            changed = {num_grads + i for i in results[layer]}
+        for of, own_sums, function, used in cuts:
+            changed = {num_grads + i for i in of}
             own = [i for i in used if donate and i in changed and uses[i] == 1]
             read = [i for i in used if i not in own]
             program = _program(function, [used.index(i) for i in (*own, *read)])
             lowered = program.trace([known[i] for i in own], [known[i] for i in read]).lower()
             program = programs.setdefault(lowered.as_text(), (program, lowered))
-            self._parts.append(Part(program, own, read, results[layer]))
+            self._parts.append(Part(program, own, read, of, [first_sum + i for i in own_sums]))
 
     def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
         """The leaves of the new `carried`, and what else the step returns."""
         grads, found, rest, more = self._gradient(leaves, others, static)
-        kept = leaves[: len(leaves) - len(rest)]
-        known = [*[None] * self._num_grads, *kept, *found[len(self._common) :]]
+        kept, scalars = leaves[: len(leaves) - len(rest)], found[len(self._common) :]
+        known = [*[None] * self._num_grads, *kept, *scalars, *[None] * self._num_sums]
         for i, grad in zip(self._grads, grads, strict=True):
             known[i] = grad
         new = [*kept, *rest]
         for i, x in zip(self._common, found, strict=False):
             new[i] = x
-        for (program, _), own, read, results in self._parts:
+        for (program, _), own, read, results, sums in self._parts:
             changed = program([known[i] for i in own], [known[i] for i in read])
-            for i, x in zip(results, changed, strict=True):
+            for i, x in zip(results, changed, strict=False):
                 new[i] = x
+            for i, x in zip(sums, changed[len(results) :], strict=True):
+                known[i] = x
         return new, more
 
     def lower(self, leaves: Sequence[Any], others: Any, static: Any) -> list[jax.stages.Lowered]:
@@ -151,24 +163,44 @@ def _is_scalar(variable: Any) -> bool:
 
 
 def _results_by_layer(
-    jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]], paths: Sequence[str]
+    jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]], num_carried: int
 ) -> dict[int | None, list[int]]:
     """The numbers of the results that change, by the layer on which they depend."""
     found: dict[int | None, list[int]] = {}
-    before = jaxpr.invars[len(jaxpr.invars) - len(paths) :]
-    for i, (old, new, path) in enumerate(zip(before, jaxpr.outvars, paths, strict=True)):
-        if new is old:
-            continue
-        layer, *more = sorted(frozenset().union(*(layers[x] for x in _variables([new])))) or [None]
-        if more:
-            raise ValueError(
-                f"With update_by_layer each layer is updated alone, and this optimizer's new "
-                f"'{path}' depends on layers {layer}, {', '.join(map(str, more))}. An optimizer "
-                "that looks at several layers at once, accumulates or records needs "
-                "update_by_layer=False."
-            )
-        found.setdefault(layer, []).append(i)
+    before = jaxpr.invars[len(jaxpr.invars) - num_carried :]
+    for i, (old, new) in enumerate(zip(before, jaxpr.outvars, strict=True)):
+        if new is not old:
+            of = sorted(frozenset().union(*(layers[x] for x in _variables([new]))))
+            layer = of[0] if len(of) == 1 else _SEVERAL if of else None
+            found.setdefault(layer, []).append(i)
     return found
+
+
+def _sums_of_layers(
+    jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]], paths: Mapping[int, str]
+) -> list[Any]:
+    """The numbers of single layers on which results of several depend, such as squares of norms."""
+    made_by = {x: eqn for eqn in jaxpr.eqns for x in eqn.outvars}
+    sums: dict[Any, None] = {}
+    for i, path in paths.items():
+        seen, to_see = set(), [jaxpr.outvars[i]]
+        while to_see:
+            x = to_see.pop()
+            if x in seen or not layers[x]:
+                continue
+            seen.add(x)
+            if x in made_by and _is_scalar(x) and len(layers[x]) == 1:
+                sums[x] = None
+            elif x in made_by:
+                to_see += _variables(made_by[x].invars)
+            elif not _is_scalar(x):
+                of = ", ".join(map(str, sorted(layers[jaxpr.outvars[i]])))
+                raise ValueError(
+                    f"With update_by_layer each layer is updated alone, and the new '{path}' of "
+                    f"this optimizer depends on layers {of}. One that looks at several layers at "
+                    "once, or accumulates, needs update_by_layer=False."
+                )
+    return list(sums)
 
 
 def _common_scalars(jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]]) -> list[Any]:
@@ -255,18 +287,6 @@ def compile_all(
 
 
 @contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Without Python's collector of cycles, which takes half of the time of tracing a program."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextlib.contextmanager
 def all_stored() -> Iterator[None]:
     """In JAX's persistent cache, if there is one, also programs that compile in under a second."""
     name = "jax_persistent_cache_min_compile_time_secs"
@@ -276,15 +296,3 @@ def all_stored() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, seconds)
-
-
-def possible_draws(sampler: DepthSampler) -> list[tuple[bool, ...]]:
-    """The sets of layers that can be drawn in some step."""
-    drawn = np.ones(len(sampler.subsets), bool)
-    distribution, num_layers = sampler.distribution, sampler.layers.num_layers
-    if not isinstance(distribution, AdaptiveDistribution):
-        program = jax.make_jaxpr(lambda step: distribution.probabilities(step, num_layers))(0).jaxpr
-        used = [x for eqn in program.eqns for x in eqn.invars] + program.outvars
-        if not any(x is program.invars[0] for x in used):  # the same in every step
-            drawn = np.asarray(sampler.probabilities(0)) > 0
-    return list(dict.fromkeys(map(tuple, sampler.subsets[drawn].tolist())))

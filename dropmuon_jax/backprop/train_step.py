@@ -14,23 +14,23 @@ import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
 from dropmuon_jax._counterparts import names_counterparts
-from dropmuon_jax.backprop.carried import ChangingOnly, as_returned, shardings_of
+from dropmuon_jax.backprop.carried import (
+    ChangingOnly,
+    as_returned,
+    shardings_of,
+    without_collector,
+)
 from dropmuon_jax.backprop.gradients import (
     loss_of_params,
     masked_gradient,
     masked_update,
     takes_depth,
 )
-from dropmuon_jax.backprop.programs import (
-    ByLayer,
-    compile_all,
-    possible_draws,
-    without_collector,
-)
+from dropmuon_jax.backprop.programs import ByLayer, compile_all
 from dropmuon_jax.backprop.traced_depth import check_sampler
 from dropmuon_jax.layers.trees import leaf_paths
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
-from dropmuon_jax.sampling.reading import PlanReader
+from dropmuon_jax.sampling.reading import PlanReader, possible_draws
 from dropmuon_jax.sampling.sampler import DepthSampler
 from dropmuon_jax.transforms.accumulation import check_accumulation, check_call
 
@@ -74,15 +74,13 @@ def train_step(
         has_aux: Whether `loss_fn` returns auxiliary data.
         donate: Whether the given parameters and state are overwritten, and so deleted, as far as
             the step changes them; those of inactive layers are handed on as they are.
-        update_by_layer: Whether the update of each layer is a program of its own, which all depths
-            and equal layers share: all depths of a network of many equal layers compile in half of
-            the time. A step then calls a program more for each active layer, which is nothing
-            beside 10 ms, and matrices of different layers no longer pass through one product, which
-            is nothing on a CPU. For one device and layers that are not stacked.
         out_shardings: On a mesh, the shardings of parameters and state, and maybe of the third
             result, as in `jax.jit`. Without them XLA places results as it likes, and compiles a
             step again for arguments in a new place. What an NNX module has beside its parameters
             must be on the mesh already.
+        update_by_layer: Whether the update of each layer is a program of its own, which all depths
+            and equal layers share. It is less to compile, with a call more for each active layer,
+            and no product of matrices of several layers. For one device, without stacked layers.
 
     Returns:
         A :class:`TrainStep`, a function of `(step, params, opt_state, *args, **kwargs)` that
@@ -94,7 +92,9 @@ def train_step(
         TypeError: For an argument of the wrong kind; if layers are stacked and `loss_fn` takes no
             `depth`; in a step, if its number is no Python integer.
         ValueError: In a step, if `opt_state` does not fit optimizer and parameters, or gathers
-            micro-batches that do not share a draw, as that of `optax.MultiSteps` may.
+            micro-batches that do not share a draw, as that of `optax.MultiSteps` may; with
+            `update_by_layer`, for an update that depends on other layers, as after a clip by a norm
+            of all gradients.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -154,8 +154,7 @@ class TrainStep:
                 "on one device, without out_shardings."
             )
         self._donate, self._by_layer = donate, by_layer
-        self._programs: dict[Any, Any] = {}
-        self._of_layers: dict[str, Any] = {}
+        self._programs, self._of_layers = {}, {}
 
     def __call__(
         self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
@@ -196,8 +195,7 @@ class TrainStep:
         The other arguments are those of a step. Nothing is overwritten, and `jax.ShapeDtypeStruct`s
         do as well, with shardings where the arrays will have been put on devices. After each of
         `total` depths, of which `max_workers` are compiled at a time, `progress(done, total)` is
-        called. With a `jax_compilation_cache_dir`, a later start finds all of them there, also
-        those that compile in less than JAX's `jax_persistent_cache_min_compile_time_secs`.
+        called. With JAX's persistent cache a later start finds all there, quick ones as well.
         """
         draws: list[Any] = [(None, np.int32(0))]
         if not self._is_stacked:
