@@ -174,7 +174,7 @@ def _strong(x: Any) -> Any:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Without Python's collector of cycles, which takes half of the time of tracing a program."""
+    """Without Python's collector of cycles, a quarter of the time of tracing a large program."""
     was_on = gc.isenabled()
     gc.disable()
     try:

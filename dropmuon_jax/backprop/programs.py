@@ -227,8 +227,8 @@ def _cut(
 
     Variables that are `known` are further inputs.
     """
-    jaxpr = program.jaxpr
-    rest = [eqn for eqn in jaxpr.eqns if not any(x in known for x in eqn.outvars)]
+    jaxpr, given = program.jaxpr, set(known)
+    rest = [eqn for eqn in jaxpr.eqns if given.isdisjoint(eqn.outvars)]
     outputs = [*(jaxpr.outvars[i] for i in results), *more]
     jaxpr = jaxpr.replace(invars=[*jaxpr.invars, *known], eqns=rest, outvars=outputs)
     jaxpr, is_used = dce_jaxpr(jaxpr, [True] * len(outputs))
