@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from orthogonalization.measuring import list_program, measure, measure_errors, update_program
-from orthogonalization.methods import DEFAULT, REFERENCE, OtherName
+from orthogonalization.methods import DEFAULT, FASTEST, REFERENCE, OtherName
 from orthogonalization.show import figures, tables
 from orthogonalization.subjects import GROUPS, groups_of, needed_flops, shapes_of, tree_of
 from study import Ascending, Count, Distinct, NonNegative, Record, Settings, Study, Whole, Work
@@ -34,7 +34,7 @@ class OrthogonalizeSettings(Settings):
     """Who takes part beside optax_muon and newton_schulz, which is newton_schulz_lmo() as it comes.
     The first two have as many steps of Polar Express, the next three other polynomials."""
     others_limit: NonNegative = 100.0
-    """GFLOP that five steps on a list need, from where on it is timed without the others."""
+    """GFLOP that five steps on a list need, from where on it is timed without others but nonic."""
     rounds: Count = 5
     """In each of which each method runs once beside optax_muon."""
     seconds_per_list: NonNegative = 15.0
@@ -64,7 +64,7 @@ def run(settings: OrthogonalizeSettings, work: Work) -> Record:
         shapes = shapes_of(matrices)
         methods = [*all_methods, *(["adamw"] if name in updates else [])]
         if needed_flops(shapes, num_steps=5) > 1e9 * settings.others_limit:
-            methods = [REFERENCE, DEFAULT]
+            methods = [method for method in (REFERENCE, DEFAULT, FASTEST) if method in methods]
         make = partial(
             measure,
             {method: partial(program, method, settings.dtype) for method in methods},

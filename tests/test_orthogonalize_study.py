@@ -11,7 +11,7 @@ from matrix_products import product_flops
 from orthogonalization.measuring import ill_conditioned, measure_errors
 from orthogonalization.methods import DEFAULT, REFERENCE, optimizer, orthogonalizer
 from orthogonalization.show import timing
-from orthogonalization.subjects import make_arrays, needed_flops, tree_of
+from orthogonalization.subjects import NETWORKS, make_arrays, needed_flops, tree_of
 
 
 def flops(function, *shapes):
@@ -39,6 +39,15 @@ def test_an_optimizer_orthogonalizes_kernels_and_gives_everything_else_to_adam(m
     for name in ("bias", "scale"):
         sizes = updates[name] / -np.sign(gradients[name])
         np.testing.assert_allclose(sizes, sizes.max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["resnet18", "cnn_mnist"])
+def test_every_matrix_of_a_network_is_taken(network):
+    """The first convolutions too, whose shapes alone do not say what they are."""
+    shapes = list(dict.fromkeys(NETWORKS[network]))
+    leaves = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    of_results = jax.eval_shape(orthogonalizer(DEFAULT, shapes), leaves)
+    assert [leaf.shape for leaf in of_results] == shapes
 
 
 def test_the_reference_is_the_polynomial_of_optaxs_muon_and_nothing_else():

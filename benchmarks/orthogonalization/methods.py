@@ -13,24 +13,25 @@ from orthogonalization.subjects import Shape
 
 REFERENCE = "optax_muon"  # whom time and error are against
 DEFAULT = "newton_schulz"  # this package as it comes
+FASTEST = "nonic"
 OtherName = Literal[
     "nonic", "four_steps", "seven_steps", "turbo_muon", "muon", "dion", "bfloat16", "svd"
 ]
 METHODS: tuple[str, ...] = (REFERENCE, DEFAULT, *get_args(OtherName))
 # Where there are not 5.
 NUM_STEPS: dict[str, int | None] = {
-    "nonic": 3,
+    FASTEST: 3,
     "four_steps": 4,
     "seven_steps": 7,
     "turbo_muon": 4,
     "svd": None,
     "adamw": None,
 }
-DEGREES = {"nonic": 9}  # the others have 5
+DEGREES = {FASTEST: 9}  # the others have 5
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     # On none of the matrices measured here is its error larger than optax.contrib.muon's.
-    "nonic": {"coefficients": "nonic"},
+    FASTEST: {"coefficients": "nonic"},
     "four_steps": {
         "coefficients": dm.orthogonalize.polar_express_coefficients(4, smallest=3.5e-3),
         "preconditioning": "schatten",
@@ -51,7 +52,8 @@ def orthogonalizer(method: str, shapes: Sequence[Shape]) -> Callable[[list[jax.A
         axes = [_axes(len(shape)) for shape in shapes]
         tx = optax.contrib.scale_by_muon(beta=0, nesterov=False, weight_dimension_numbers=axes)
     else:
-        tx = dm.norm_lmo(dm.norms.spectral_norm(orthogonalize=_polar_factor(method)))
+        norm = dm.norms.spectral_norm(orthogonalize=_polar_factor(method))
+        tx = dm.norm_lmo(norm, dimension_numbers={"*": "in_out"})  # all are Flax kernels
     # The state is made inside, where XLA sees that it is zero: with a decay of 0 the momentum of
     # optax.contrib.muon is folded away to nothing, and its coefficients become constants.
     return lambda matrices: tx.update(matrices, tx.init(matrices))[0]

@@ -55,6 +55,8 @@ _STABLE = 0.035
 _PART_OF_ERROR = 1 / 8
 # Or this many roundoffs: about what the plain iteration loses.
 _ROUNDOFFS = 100
+# A product takes the time of so many multiplications more, which matters for lone 16 × 32 matrices.
+_CALL = 2**14
 
 
 def choose_segments(
@@ -67,26 +69,28 @@ def choose_segments(
     """
     plain = (1,) * len(coefficients)
     longest = _longest_segments(tuple(map(tuple, coefficients)), roundoff)
-    return min(
-        longest,
-        plain,
-        key=lambda segments: count_products(coefficients, segments, num_rows, num_cols),
-    )
+
+    def cost(segments: tuple[int, ...]) -> int:
+        calls = 2 * len(segments) + _products_on_gram(coefficients, segments)
+        return count_products(coefficients, segments, num_rows, num_cols) + _CALL * calls
+
+    return min(longest, plain, key=cost)
 
 
 def count_products(
     coefficients: Sequence[OddPolynomial], segments: Sequence[int], num_rows: int, num_cols: int
 ) -> int:
     """The multiplications in all matrix products; twice as many are floating-point operations."""
-    on_gram = sum(_products_of(step) for step in coefficients)
-    on_gram += 3 * (len(coefficients) - len(segments))  # QH and RHH, between two steps
+    on_gram = _products_on_gram(coefficients, segments)
     return 2 * len(segments) * num_rows**2 * num_cols + on_gram * num_rows**3
 
 
-def _products_of(polynomial: OddPolynomial) -> int:
-    """The products of R in H, which :func:`factors` tells apart."""
-    first, second = factors(polynomial)
-    return (len(first) > 2) + (second is not None)
+def _products_on_gram(coefficients: Sequence[OddPolynomial], segments: Sequence[int]) -> int:
+    """Those of R in each H, and QH and RHH between two steps."""
+    in_h = sum(
+        (len(first) > 2) + (second is not None) for first, second in map(factors, coefficients)
+    )
+    return in_h + 3 * (len(coefficients) - len(segments))
 
 
 def factors(polynomial: OddPolynomial) -> tuple[OddPolynomial, OddPolynomial | None]:
