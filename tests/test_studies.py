@@ -35,6 +35,7 @@ TINY = {
         "--num-evaluations 2 --rates 0.02 0.05 --width 16 --num-blocks 2 --num-heads 2 "
         "--context 8 --batch-size 2 --num-workers 2"
     ),
+    "compiling": "--width 16 --blocks 2 --context 8 --batch-size 2 --turns 1 --rounds 2",
     "compression_time": (
         "--width 32 --num-heads 2 --context 8 --sequences 1 --num-workers 2 --turns 1"
     ),

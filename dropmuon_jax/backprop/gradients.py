@@ -1,7 +1,8 @@
-"""The gradient of the active layers, at one point or at two, and the step that takes it."""
+"""The gradient of the active layers, at one point or at two, and the update that takes it."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -177,33 +178,50 @@ def _of_active_layers(flag: Any, grad: Array) -> Array:
     return grad if is_static(flag) else where_active(flag, grad, 0)
 
 
-def masked_step(
+def masked_gradient(
     loss_fn: Callable[..., Any], optimizer: optax.GradientTransformationExtraArgs
-) -> Callable[..., tuple[optax.Params, optax.OptState, Any]]:
-    """Gradient, update and application with one mask, of a loss that returns (loss, aux).
+) -> Callable[..., tuple[Any, tuple[optax.Updates, ...]]]:
+    """What a loss that returns (loss, aux) returns, and its gradients of the active layers.
 
-    The function of `(params, opt_state, layer_mask, *args, **kwargs)` returns new parameters, a new
-    state of the same dtypes, and what the loss returns. Inactive parameters keep every bit.
+    The function of `(params, opt_state, layer_mask, *args, **kwargs)` gives one gradient, or two
+    for an optimizer that keeps previous parameters.
     """
 
-    def step(params: Any, opt_state: Any, layer_mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def gradient(params: Any, opt_state: Any, layer_mask: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_unfit(opt_state, optimizer.init, params)
-        layer_mask = resolve_whole_mask(layer_mask, params)
-        extra_args = {"layer_mask": layer_mask}
         with inside_update(has_mask=True):
-            if keeps_prev_params(opt_state):
-                gradients = masked_value_and_grad_pair(loss_fn, has_aux=True)
-                args = prev_params(opt_state, params), *args
-                value, grads = gradients(params, *args, layer_mask=layer_mask, **kwargs)
-                grads, extra_args["prev_params_grads"] = grads
-            else:
-                gradient = masked_value_and_grad(loss_fn, has_aux=True)
-                value, grads = gradient(params, *args, layer_mask=layer_mask, **kwargs)
-            updates, new_state = optimizer.update(grads, opt_state, params, **extra_args)
-        params = jax.tree.map(_apply, layer_mask, params, updates)
-        return params, state_like(opt_state, new_state), value
+            if not keeps_prev_params(opt_state):
+                of_one = masked_value_and_grad(loss_fn, has_aux=True)
+                value, grads = of_one(params, *args, layer_mask=layer_mask, **kwargs)
+                return value, (grads,)
+            of_two = masked_value_and_grad_pair(loss_fn, has_aux=True)
+            args = prev_params(opt_state, params), *args
+            return of_two(params, *args, layer_mask=layer_mask, **kwargs)
 
-    return step
+    return gradient
+
+
+def masked_update(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> Callable[..., tuple[optax.Params, optax.OptState]]:
+    """The update of the active layers and its application.
+
+    The function of `(params, opt_state, layer_mask, gradients)` returns new parameters and a new
+    state of the same dtypes. Inactive parameters keep every bit.
+    """
+
+    def update(params: Any, opt_state: Any, layer_mask: Any, gradients: Any) -> Any:
+        layer_mask = resolve_whole_mask(layer_mask, params)
+        grads, *second = gradients
+        extra_args = {"prev_params_grads": second[0]} if second else {}
+        with inside_update(has_mask=True):
+            updates, new_state = optimizer.update(
+                grads, opt_state, params, layer_mask=layer_mask, **extra_args
+            )
+        params = jax.tree.map(_apply, layer_mask, params, updates)
+        return params, state_like(opt_state, new_state)
+
+    return update
 
 
 def _apply(flag: Any, param: Any, update: Any) -> Any:
@@ -244,3 +262,18 @@ def loss_of_params(
         return loss, (aux, state_like(rest, new_rest))
 
     return loss_and_rest
+
+
+def takes_depth(loss_fn: Callable[..., Any], is_stacked: bool) -> bool:
+    """Whether a loss is given the depth; an error unless one of stacked layers takes it."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {describe(loss_fn)}.")
+    parameters = inspect.signature(loss_fn).parameters
+    takes_any = any(of.kind is of.VAR_KEYWORD for of in parameters.values())
+    if is_stacked and not takes_any and "depth" not in parameters:
+        raise TypeError(
+            "Layers are stacked, so loss_fn must take the keyword argument `depth`, among all "
+            "layers, and run the stack by dm.scan_layers(…, depth=layers.stack_depth(depth)). It "
+            f"takes {', '.join(parameters)}."
+        )
+    return "depth" in parameters or is_stacked

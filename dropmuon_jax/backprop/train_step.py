@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,11 +14,23 @@ import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
 from dropmuon_jax._counterparts import names_counterparts
-from dropmuon_jax.backprop.carried import ChangingOnly, as_returned
-from dropmuon_jax.backprop.gradients import loss_of_params, masked_step
+from dropmuon_jax.backprop.carried import (
+    ChangingOnly,
+    as_returned,
+    shardings_of,
+    without_collector,
+)
+from dropmuon_jax.backprop.gradients import (
+    loss_of_params,
+    masked_gradient,
+    masked_update,
+    takes_depth,
+)
+from dropmuon_jax.backprop.programs import ByLayer, compile_all
 from dropmuon_jax.backprop.traced_depth import check_sampler
+from dropmuon_jax.layers.trees import leaf_paths
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
-from dropmuon_jax.sampling.reading import PlanReader
+from dropmuon_jax.sampling.reading import PlanReader, possible_draws
 from dropmuon_jax.sampling.sampler import DepthSampler
 from dropmuon_jax.transforms.accumulation import check_accumulation, check_call
 
@@ -33,6 +44,7 @@ def train_step(
     has_aux: bool = False,
     donate: bool = True,
     out_shardings: tuple[Any, ...] | None = None,
+    update_by_layer: bool = False,
 ) -> TrainStep:
     """A whole training step: gradient, update and its application, with one mask.
 
@@ -66,6 +78,9 @@ def train_step(
             result, as in `jax.jit`. Without them XLA places results as it likes, and compiles a
             step again for arguments in a new place. What an NNX module has beside its parameters
             must be on the mesh already.
+        update_by_layer: Whether the update of each layer is a program of its own, which all depths
+            and equal layers share. It is less to compile, with a call more for each active layer,
+            and no product of matrices of several layers. For one device, without stacked layers.
 
     Returns:
         A :class:`TrainStep`, a function of `(step, params, opt_state, *args, **kwargs)` that
@@ -77,7 +92,9 @@ def train_step(
         TypeError: For an argument of the wrong kind; if layers are stacked and `loss_fn` takes no
             `depth`; in a step, if its number is no Python integer.
         ValueError: In a step, if `opt_state` does not fit optimizer and parameters, or gathers
-            micro-batches that do not share a draw, as that of `optax.MultiSteps` may.
+            micro-batches that do not share a draw, as that of `optax.MultiSteps` may; with
+            `update_by_layer`, for an update that depends on other layers, as after a clip by a norm
+            of all gradients.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -94,7 +111,7 @@ def train_step(
         >>> losses[-1] < losses[0]
         True
     """
-    return TrainStep(loss_fn, optimizer, sampler, has_aux, donate, out_shardings)
+    return TrainStep(loss_fn, optimizer, sampler, has_aux, donate, out_shardings, update_by_layer)
 
 
 class TrainStep:
@@ -103,7 +120,14 @@ class TrainStep:
     sampler: DepthSampler
 
     def __init__(
-        self, loss_fn: Any, optimizer: Any, sampler: Any, has_aux: Any, donate: Any, shardings: Any
+        self,
+        loss_fn: Any,
+        optimizer: Any,
+        sampler: Any,
+        has_aux: Any,
+        donate: Any,
+        shardings: Any,
+        by_layer: Any,
     ):
         check_transformation("optimizer", optimizer)
         check_sampler(sampler)
@@ -111,7 +135,7 @@ class TrainStep:
         self._loss_fn, self._has_aux, self._shardings = loss_fn, has_aux, shardings
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._is_stacked = bool(sampler.layers.stacks)
-        self._takes_depth = _takes_depth(loss_fn, self._is_stacked)
+        self._takes_depth = takes_depth(loss_fn, self._is_stacked)
         self._next_step: int | None = None
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
@@ -124,8 +148,13 @@ class TrainStep:
                 "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
                 f"loss. Got {describe(shardings)}."
             )
-        self._donate = donate
-        self._programs: dict[Any, ChangingOnly] = {}
+        if by_layer and (self._is_stacked or shardings is not None):
+            raise ValueError(
+                "update_by_layer=True is for layers that are not stacked, whose programs differ, "
+                "on one device, without out_shardings."
+            )
+        self._donate, self._by_layer = donate, by_layer
+        self._programs, self._of_layers = {}, {}
 
     def __call__(
         self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
@@ -165,32 +194,20 @@ class TrainStep:
 
         The other arguments are those of a step. Nothing is overwritten, and `jax.ShapeDtypeStruct`s
         do as well, with shardings where the arrays will have been put on devices. After each of
-        `total` executables, of which `max_workers` are compiled at a time, `progress(done, total)`
-        is called.
+        `total` depths, of which `max_workers` are compiled at a time, `progress(done, total)` is
+        called. With JAX's persistent cache a later start finds all there, quick ones as well.
         """
         draws: list[Any] = [(None, np.int32(0))]
         if not self._is_stacked:
-            draws = [(active, None) for active in _possible_draws(self.sampler)]
+            draws = [(active, None) for active in possible_draws(self.sampler)]
         if self._draws is self.sampler:
             self.sampler.active(0)  # which compiles small programs of its own
-        compiling: list[Future[Any]] = []
-        done = 0
-
-        def report() -> None:
-            nonlocal done
-            while done < sum(future.done() for future in compiling):
-                done += 1
-                if progress is not None:
-                    progress(done, len(draws))
-
-        with ThreadPoolExecutor(static_int("max_workers", max_workers, minimum=1)) as pool:
-            for active, draw in draws:  # lowered here: contexts do not reach other threads
-                traced = self._trace(active, params, opt_state, args, kwargs, draw)
-                compiling.append(pool.submit(traced.lower().compile))
-                report()
-            for future in as_completed(compiling):
-                future.result()
-                report()
+        inputs = params, opt_state, args, kwargs
+        compile_all(
+            [partial(self._lower, active, *inputs, draw) for active, draw in draws],
+            progress,
+            static_int("max_workers", max_workers, minimum=1),
+        )
 
     def trace_depth(
         self, depth: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
@@ -199,16 +216,27 @@ class TrainStep:
         layers = self.sampler.layers
         layers.mask(static_int("depth", depth, minimum=0))  # an error if there is no such depth
         active = tuple(layer >= depth for layer in range(layers.num_layers))
-        return self._trace(active, params, opt_state, args, kwargs, None)
+        inputs = params, opt_state, args, kwargs
+        program, _, arguments = self._program(active, *inputs, None, by_layer=False)
+        return program.trace(*arguments)
 
-    def _trace(self, *step: Any) -> jax.stages.Traced:
+    def _lower(self, *step: Any) -> list[jax.stages.Lowered]:
         program, _, inputs = self._program(*step)
-        return program.trace(*inputs)
+        return program.lower(*inputs)
 
     def _program(
-        self, active: Any, params: Any, opt_state: Any, args: Any, kwargs: Any, draw: Any
-    ) -> tuple[ChangingOnly, Any, tuple[Any, Any, Any]]:
+        self,
+        active: Any,
+        params: Any,
+        opt_state: Any,
+        args: Any,
+        kwargs: Any,
+        draw: Any,
+        *,
+        by_layer: bool | None = None,
+    ) -> tuple[Any, Any, tuple[Any, Any, Any]]:
         """The program of a draw, the structure of what it carries on, and its arguments."""
+        by_layer = self._by_layer if by_layer is None else by_layer
         if self._takes_depth and "depth" in kwargs:
             raise TypeError("The sampler draws the depth, and loss_fn gets it: leave it out.")
         graphdef = rest = None
@@ -218,39 +246,47 @@ class TrainStep:
         others, static = (args, kwargs, draw), (active, graphdef)
         leaves, tree = jax.tree.flatten((params, opt_state, rest))
         leaves = as_returned(leaves, tree, others, self._shardings)
-        key = tree, jax.tree.structure(others), static
+        shapes = [(np.shape(x), getattr(x, "dtype", None)) for x in leaves] if by_layer else ()
+        key = tree, jax.tree.structure(others), static, tuple(shapes)
         if key not in self._programs:
             carried = jax.tree.unflatten(tree, leaves)
-            self._programs[key] = ChangingOnly(
-                *(self._train_step, carried, others, static),
-                donate=self._donate,
-                shardings=self._shardings_of(carried),
-            )
+            with without_collector():
+                make = self._make_by_layer if by_layer else self._make_whole
+                self._programs[key] = make(carried, others, static)
         return self._programs[key], tree, (leaves, others, static)
 
-    def _shardings_of(self, carried: Any) -> tuple[list[Any] | None, Any]:
-        """Of each leaf that is carried on, and of the loss."""
-        if self._shardings is None:
-            return None, None
-        of_loss = self._shardings[2] if len(self._shardings) == 3 else None
-        of_leaves: list[Any] = []
-        for of_part, part in zip((*self._shardings[:2], None), carried, strict=True):
-            if of_part is None:
-                of_leaves += [None] * len(jax.tree.leaves(part))
-            else:
-                of_leaves += jax.tree.leaves(jax.tree.broadcast(of_part, part))
-        return of_leaves, of_loss
+    def _make_whole(self, carried: Any, *inputs: Any) -> ChangingOnly:
+        options = {"donate": self._donate, "shardings": shardings_of(carried, self._shardings)}
+        return ChangingOnly(self._train_step, carried, *inputs, **options)
+
+    def _make_by_layer(self, carried: Any, *inputs: Any) -> ByLayer:
+        params, layers = carried[0], self.sampler.layers
+        layer_of = dict(zip(leaf_paths(params), sum(layers.rows_of(params), ()), strict=True))
+        options = {"layer_of": layer_of, "programs": self._of_layers, "donate": self._donate}
+        return ByLayer(self._gradient, self._update, carried, *inputs, **options)
 
     def _train_step(self, carried: Any, others: Any, static: Any) -> tuple[Any, Any]:
         """The step as a pure function; `rest` is what a module has beside its parameters."""
+        gradients, rest, more = self._gradient(carried, others, static)
+        layer_mask, _ = self._mask(others[2], static[0])
+        params, state = masked_update(self._optimizer)(*carried[:2], layer_mask, gradients)
+        return (params, state, rest), more
+
+    def _gradient(self, carried: Any, others: Any, static: Any) -> tuple[Any, Any, Any]:
+        """The gradients, what a module has beside its parameters, and the loss."""
         (params, state, rest), (args, kwargs, draw), (active, graphdef) = carried, others, static
         check_accumulation(state, self.sampler)
         layer_mask, depth = self._mask(draw, active)
         kwargs = {**kwargs, "depth": depth} if self._takes_depth else kwargs
         loss_fn = loss_of_params(self._loss_fn, self._has_aux, graphdef, rest)
-        step = masked_step(loss_fn, self._optimizer)
-        params, state, (loss, (aux, rest)) = step(params, state, layer_mask, *args, **kwargs)
-        return (params, state, rest), (loss, aux) if self._has_aux else loss
+        gradient = masked_gradient(loss_fn, self._optimizer)
+        (loss, (aux, rest)), gradients = gradient(params, state, layer_mask, *args, **kwargs)
+        return gradients, rest, (loss, aux) if self._has_aux else loss
+
+    def _update(self, gradients: Any, carried: Any, static: Any) -> Any:
+        """New parameters and state, of a mask that is static."""
+        layer_mask, _ = self._mask(None, static[0])
+        return masked_update(self._optimizer)(*carried, layer_mask, gradients)
 
     def _mask(self, draw: Any, active: Any) -> tuple[Any, Any]:
         """The mask of an index of `subsets`, or of static active layers; and the shallowest one."""
@@ -262,30 +298,3 @@ class TrainStep:
             return layers.mask(draw), draw
         active = jnp.asarray(self.sampler.subsets)[draw]
         return layers.subset(active), jnp.where(active.any(), jnp.argmax(active), last)
-
-
-def _takes_depth(loss_fn: Callable[..., Any], is_stacked: bool) -> bool:
-    """Whether a loss is given the depth; an error unless one of stacked layers takes it."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {describe(loss_fn)}.")
-    parameters = inspect.signature(loss_fn).parameters
-    takes_any = any(of.kind is of.VAR_KEYWORD for of in parameters.values())
-    if is_stacked and not takes_any and "depth" not in parameters:
-        raise TypeError(
-            "Layers are stacked, so loss_fn must take the keyword argument `depth`, among all "
-            "layers, and run the stack by dm.scan_layers(…, depth=layers.stack_depth(depth)). It "
-            f"takes {', '.join(parameters)}."
-        )
-    return "depth" in parameters or is_stacked
-
-
-def _possible_draws(sampler: DepthSampler) -> list[tuple[bool, ...]]:
-    """The sets of layers that can be drawn in some step."""
-    drawn = np.ones(len(sampler.subsets), bool)
-    distribution, num_layers = sampler.distribution, sampler.layers.num_layers
-    if not isinstance(distribution, AdaptiveDistribution):
-        program = jax.make_jaxpr(lambda step: distribution.probabilities(step, num_layers))(0).jaxpr
-        used = [x for eqn in program.eqns for x in eqn.invars] + program.outvars
-        if not any(x is program.invars[0] for x in used):  # the same in every step
-            drawn = np.asarray(sampler.probabilities(0)) > 0
-    return list(dict.fromkeys(map(tuple, sampler.subsets[drawn].tolist())))

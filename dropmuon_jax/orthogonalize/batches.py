@@ -5,7 +5,9 @@ to the `orthogonalize_all` of :func:`execution`; on a mesh `dropmuon_jax.shardin
 in its place, and nothing else knows that there is a mesh.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -42,10 +44,14 @@ def orthogonalize_all(
     Returns:
         Arrays of the shapes of the leaves.
     """
+    group_of = _group_of.get()
+    if group_of and isinstance(function, Hashable):
+        function = jax.jit(function, inline=True)
     stacks, restore = zip(*map(to_matrices, leaves, axes), strict=True) if leaves else ((), ())
     buckets: dict[tuple, list[int]] = {}
     for i, stack in enumerate(stacks):
-        buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype), []).append(i)
+        group = group_of(axes[i].path) if group_of else None
+        buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype, group), []).append(i)
     results = list(leaves)
     for members in buckets.values():
         wide = [_transposed_if_tall(stacks[i], stacks[i].shape) for i in members]
@@ -59,6 +65,22 @@ def orthogonalize_all(
         for i, piece in zip(members, jnp.split(joined, ends[:-1]), strict=True):
             results[i] = restore[i](_transposed_if_tall(piece, stacks[i].shape))
     return results
+
+
+_group_of: ContextVar[Callable[[str], Any] | None] = ContextVar("_group_of", default=None)
+
+
+@contextlib.contextmanager
+def joining_within(group_of: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, matrices are joined only within a group of paths, such as a layer.
+
+    Groups that are alike trace the function once.
+    """
+    token = _group_of.set(group_of)
+    try:
+        yield
+    finally:
+        _group_of.reset(token)
 
 
 def _transposed_if_tall(stack: Matrices, shape: Sequence[int]) -> Matrices:

@@ -197,3 +197,15 @@ class PlanReader:
                     " A PlanReader follows one run: make one for each, and give it every step."
                 )
         return arrived[0] if arrived else None
+
+
+def possible_draws(sampler: DepthSampler) -> list[tuple[bool, ...]]:
+    """The sets of layers that can be drawn in some step."""
+    drawn = np.ones(len(sampler.subsets), bool)
+    distribution, num_layers = sampler.distribution, sampler.layers.num_layers
+    if not isinstance(distribution, AdaptiveDistribution):
+        program = jax.make_jaxpr(lambda step: distribution.probabilities(step, num_layers))(0).jaxpr
+        used = [x for eqn in program.eqns for x in eqn.invars] + program.outvars
+        if not any(x is program.invars[0] for x in used):  # the same in every step
+            drawn = np.asarray(sampler.probabilities(0)) > 0
+    return list(dict.fromkeys(map(tuple, sampler.subsets[drawn].tolist())))
