@@ -294,7 +294,7 @@ def test_errors_say_what_to_do(case):
 
 
 def test_what_is_no_norm_and_no_number_is_an_error_when_it_is_given():
-    with pytest.raises(TypeError, match="norm must be a dm.norms.Norm, got"):
+    with pytest.raises(TypeError, match=r"norm must be a dm\.norms\.Norm, got"):
         norm_ec(1.0, 1.0, by="leaf", norm="spectral")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="delta must be a Python number, got '1e-5'"):
         PrivacyPlan(8.0, "1e-5", rounds=1)  # pyright: ignore[reportArgumentType]
