@@ -154,6 +154,18 @@ def test_adaptive_shares_waste_less_than_greedy_ones_and_are_nearly_the_best():
     assert (np.diff(found["ATA-Empirical"]["regret"], axis=1) >= -1e-2).all()
 
 
+def seen(num_workers, times):
+    """The record after an iteration with two tasks each."""
+    allocator = allocation.ata_empirical(num_workers, 4)
+    return allocator.update(allocator.init(), jnp.full(num_workers, 2), times)
+
+
+def test_a_time_of_a_worker_without_tasks_does_not_count_whatever_it_is():
+    allocator = allocation.ata_empirical(2, 4)
+    record = allocator.update(allocator.init(), jnp.array([4, 0]), jnp.array([2.0, jnp.nan]))
+    np.testing.assert_array_equal(record.total, [2.0, 0.0])
+
+
 ERRORS = {
     "num_workers must be at least 1": lambda: allocation.uniform_allocation(0, 3),
     "num_tasks must be a Python integer": lambda: allocation.recursive_allocation(jnp.ones(2), 1.5),
@@ -162,6 +174,14 @@ ERRORS = {
     "eta must be positive": lambda: allocation.ata_empirical(2, 3, eta=-1.0),
     "width must be positive": lambda: allocation.ata_empirical(2, 3, width=0.0),
     "decay is the weight of older times": lambda: allocation.ata_empirical(2, 3, decay=0.0),
+    "task_times must be at least 0, got nan of worker 1": lambda: allocation.recursive_allocation(
+        jnp.array([1.0, jnp.nan]), 3
+    ),
+    "times must be at least 0, got -1.0 of worker 0": lambda: seen(2, [-1.0, 2.0]),
+    r"times must be of 2 workers, got shape \(\)": lambda: seen(2, 3.0),
+    r"record must be of 3 workers, got shape \(2,\)": lambda: allocation.ata(
+        3, 4, alpha=1.0
+    ).allocate(allocation.ata(2, 4, alpha=1.0).init()),
 }
 
 

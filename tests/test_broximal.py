@@ -356,7 +356,26 @@ def update_without(**given):
     return tx.update(PARAMS, tx.init(PARAMS), **given)
 
 
+def exact(hessian, size=2):
+    return broximal.brox_quadratic(jnp.array(hessian), jnp.zeros(size), jnp.ones(size), 0.5)
+
+
+def test_quadratics_of_half_width_are_solved_in_full():
+    half = jnp.array([3.0, 4.0], jnp.bfloat16)
+    found, c = broximal.brox_quadratic(jnp.eye(2, dtype=half.dtype), 0 * half, half, 2.0)
+    assert found.point.dtype == half.dtype
+    np.testing.assert_allclose(found.point.astype(float), [1.8, 2.4], rtol=5e-3)
+    np.testing.assert_allclose(c, 1.5, rtol=1e-5)
+
+
 ERRORS = {
+    "hessian must be symmetric": lambda: exact([[1.0, 2.0], [0.0, 1.0]]),
+    "hessian has the eigenvalue -1, and must be": lambda: exact([[1.0, 0.0], [0.0, -1.0]]),
+    "hessian, slope and x must be of shapes": lambda: exact(np.ones((2, 3), np.float32)),
+    "x has no arrays": lambda: broximal.brox(lambda z: 0.0, {}, 1.0, EUCLIDEAN),
+    "tolerance must be at least 0 and finite, got -0.5": lambda: broximal.broximal_point(
+        1.0, EUCLIDEAN, num_steps=1, tolerance=-0.5
+    ),
     "radius must be positive": lambda: broximal.brox(loss, PARAMS, -1.0, EUCLIDEAN),
     "radius must be a number or a mapping": lambda: broximal.brox(
         loss, PARAMS, lambda count: 1.0, EUCLIDEAN

@@ -533,6 +533,14 @@ def update_rows(depth):
     return tx.update(params, tx.init(params), layer_mask=STACK_LAYERS.mask(depth))
 
 
+def differing(tx, workers):
+    """A step that would leave each worker with other parameters or states than the rest."""
+    tx = dm.compression.on_workers(tx, workers)
+    params = {"w": jnp.ones(2)}
+    grads = jnp.ones((2 if workers == 2 else 1, 2))
+    return tx.update({"w": grads}, tx.init(params), params)
+
+
 ERRORS = {
     "k of a leaf": (lambda: first_update(TopK(31)), ValueError, "k is 31, and leaf 'head' has 24"),
     "rank of a leaf": (lambda: first_update(RankK(5)), ValueError, "leaf 'head' has 4 singular"),
@@ -570,13 +578,31 @@ ERRORS = {
         ValueError,
         "needs a leading axis of 2 workers",
     ),
+    "nothing exchanged": (
+        lambda: differing(optax.sgd(1.0), 2),
+        ValueError,
+        "would differ between workers. Exchange gradients first",
+    ),
+    "nothing exchanged on a mesh": (
+        lambda: differing(optax.sgd(1.0), jax.make_mesh((1,), ("workers",))),
+        ValueError,
+        "would differ between workers",
+    ),
+    "a state before the exchange": (
+        lambda: differing(
+            optax.chain(optax.trace(0.9), dm.compression.ef21(TopK(1))),
+            jax.make_mesh((1,), ("workers",)),
+        ),
+        ValueError,
+        "would differ between workers",
+    ),
     "no compressor": (lambda: dm.compression.ef21(optax.sgd(1)), TypeError, "must be a compressor"),
     "traced": (
         lambda: jax.jit(update_rows)(jnp.int32(1)),
         TypeError,
         "layer_mask is an array at .* active layers must be known",
     ),
-    "damping": (lambda: Damping(2.0), ValueError, "factor must lie in"),
+    "damping": (lambda: Damping(2.0), ValueError, r"factor must lie in \(0, 2\)"),
     "nothing sent": (
         lambda: dm.compression.check_processes(optax.sgd(1.0).init(tree(0))),
         ValueError,

@@ -130,6 +130,30 @@ def test_no_message_is_longer_than_what_noise_is_made_for(tx, length, numbers):
         assert float(optax.tree.norm(state.estimate)) <= length * (1 + 1e-6)
 
 
+def test_a_length_is_exact_where_squares_underflow_and_overflow():
+    tx = bounded_mean(alpha=0.0, axis=None)
+    for size in (1e-37, 1e-20, 1e30):
+        grads = {"w": jnp.full(10_000, size, jnp.float32).at[0].set(1.1 * size)}
+        updates, _ = tx.update(grads, tx.init(grads))
+        assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_client_with_nan_sends_noise_alone_and_keeps_what_it_has(bad):
+    """A message that is no number is not bounded, and would be in everybody's estimate forever."""
+    plan = LoudPlan(8.0, 1e-5, rounds=5)
+    tx = dm.compression.on_workers(norm_ec(0.1, 0.5, plan=plan, seed=SEED), 2)
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+    fine = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 2))}
+    _, state = tx.update(fine, tx.init(params), params)
+    broken = {"a": fine["a"].at[1, 0].set(bad), "b": fine["b"]}
+    kept = {k: x.at[1].set(state.worker.estimate[k][1]) for k, x in fine.items()}  # no error
+    for one, other in zip(
+        *(jax.tree.leaves(tx.update(g, state, params)) for g in (broken, kept)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_client_is_normalised_by_leaf_and_in_any_norm():
     grads = {"a": 3.0 * jnp.eye(2), "b": jnp.full((2, 2), 2.0)}
     options = {"server_normalization": False, "axis": None, "by": "leaf"}
@@ -192,7 +216,7 @@ def test_the_noise_is_the_accountants(options, sigma):
 
 def test_what_is_spent_is_what_an_accountant_of_ones_own_says():
     plan = PrivacyPlan(8.0, 1e-5, rounds=20)
-    tx, params = norm_ec(1.0, 0.1, plan=plan, axis=None), {"w": jnp.zeros(3)}
+    tx, params = norm_ec(1.0, 0.1, plan=plan, axis=None, seed=SEED), {"w": jnp.zeros(3)}
     state = tx.init(params)
     for _ in range(5):
         _, state = tx.update(params, state)
@@ -201,11 +225,16 @@ def test_what_is_spent_is_what_an_accountant_of_ones_own_says():
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, 5))
     assert plan.spent(state) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
     assert plan.spent(tx.init(params)) == 0
+    with pytest.raises(ValueError, match="ask the plan that the optimizer was made with"):
+        PrivacyPlan(9.0, 1e-5, rounds=20, accountant="rdp").spent(state)
+    without = norm_ec(1.0, 0.1, axis=None)  # nothing of it is private
+    with pytest.raises(ValueError, match="has noise of multiplier 0, and"):
+        plan.spent(without.init(params))
 
 
 def test_after_the_last_round_nothing_is_sent_and_the_host_says_so():
     plan = LoudPlan(8.0, 1e-5, rounds=2)
-    tx, params = norm_ec(1.0, 0.1, plan=plan, axis=None), {"w": jnp.ones(3)}
+    tx, params = norm_ec(1.0, 0.1, plan=plan, axis=None, seed=SEED), {"w": jnp.ones(3)}
     state = tx.init(params)
     for _ in range(2):
         _, state = tx.update(params, state)
@@ -241,9 +270,14 @@ ERRORS = {
         "all of them take part",
     ),
     "by leaf": (
-        lambda: norm_ec(1.0, 1.0, plan=LoudPlan(8.0, 1e-5, rounds=1), by="leaf"),
+        lambda: norm_ec(1.0, 1.0, plan=LoudPlan(8.0, 1e-5, rounds=1), by="leaf", seed=1),
         "at most 1 long in the Euclidean norm of the whole tree",
     ),
+    "no seed": (
+        lambda: clip21(1.0, plan=LoudPlan(8.0, 1e-5, rounds=1)),
+        "give one that nobody can guess, such as secrets",
+    ),
+    "long seed": (lambda: norm_ec(1.0, 1.0, seed=1 << 40), r"seed must be below 2\*\*32"),
     "norm of a tree": (lambda: norm_ec(1.0, 1.0, norm=dm.norms.sign_norm()), "say by='leaf'"),
     "alpha": (lambda: norm_ec(-1.0, 1.0), "alpha must be at least 0"),
     "beta": (lambda: norm_ec(1.0, 0.0), "beta must be positive"),
@@ -257,6 +291,13 @@ def test_errors_say_what_to_do(case):
     function, words = ERRORS[case]
     with pytest.raises(ValueError, match=words):
         function()
+
+
+def test_what_is_no_norm_and_no_number_is_an_error_when_it_is_given():
+    with pytest.raises(TypeError, match=r"norm must be a dm\.norms\.Norm, got"):
+        norm_ec(1.0, 1.0, by="leaf", norm="spectral")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="delta must be a Python number, got '1e-5'"):
+        PrivacyPlan(8.0, "1e-5", rounds=1)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_mask_that_freezes_is_refused():

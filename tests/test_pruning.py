@@ -480,6 +480,27 @@ def test_without_anything_pruned_the_optimizer_is_as_it_was(name):
     jax.tree.map(np.testing.assert_array_equal, kept, plain)
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_weights_become_zero_to_the_last_bit_where_gradients_are_of_another_dtype(dtypes):
+    of_grads, of_params = dtypes
+    params = {"w": jnp.array([1.2345678, 2.3456789], of_params)}
+    tx = pruning.keep_pruned(optax.sgd(0.1), {"w": jnp.array([True, False])})
+    updates, _ = tx.update({"w": jnp.ones(2, of_grads)}, tx.init(params), params)
+    assert optax.apply_updates(params, updates)["w"][1] == 0
+
+
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_a_part_of_the_parameters_keeps_its_masks_inside_of_optax_partition(name):
+    """Whether what is left out comes before or behind it."""
+    params = {"first": jnp.ones((2, 2)), "last": jnp.ones((2, 2)), "mid": jnp.ones((2, 2))}
+    mask = jnp.array([[True, False], [False, True]])
+    kept = pruning.keep_pruned(dm.muon(0.1), {"mid": mask})
+    labels = dict.fromkeys(params, "kept") | {name: "other"}
+    tx = optax.partition({"kept": kept, "other": optax.sgd(0.1)}, labels)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["mid"] != 0, mask)
+
+
 def test_weights_that_are_not_zero_yet_become_zero_and_their_gradients_are_not_seen():
     tx = pruning.keep_pruned(optax.sgd(0.1), {"w": jnp.array([False, True])})
     params = {"w": jnp.array([3.7, 1.0])}
@@ -538,6 +559,20 @@ def of_errors():
         "relative must be one of": lambda: pruning.r2_dsnot(params, kernels, masks, relative="all"),
         "pass the parameters to update": lambda: pruning.keep_pruned(optax.sgd(0.1), masks).update(
             params, pruning.keep_pruned(optax.sgd(0.1), masks).init(params)
+        ),
+        "What 'w' makes of the batches is not finite": lambda: record(
+            lambda p, x: x @ p["w"], params, jnp.ones((0, 6))
+        ),
+        r"'w' has shape \(4, 6\) in params": lambda: pruning.wanda({"w": params["w"].T}, kernels),
+        "scores must be a mapping from paths": lambda: pruning.make_masks(
+            [scores["w"]], kernels, 0.5
+        ),
+        "masks must be a mapping from paths": lambda: pruning.apply_masks(params, {"w": [True]}),
+        "masks must be a mapping": lambda: pruning.keep_pruned(optax.sgd(0.1), None),
+        "masks have 'w', which kernels do not": lambda: pruning.dsnot(params, {}, masks),
+        "scores lacks it": lambda: pruning.dsnot(params, kernels, masks, scores={}),
+        r"grow_weights has shape \(2,\)": lambda: pruning.dsnot(
+            params, kernels, masks, grow_weights={"w": jnp.ones(2)}
         ),
         "optimizer must be an optax.GradientTransformation": lambda: pruning.keep_pruned(
             0.1, masks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -139,12 +138,10 @@ def check_contractive(compressor: Any, norm: str, *, name: str = "compressor") -
         )
 
 
-def _check_share(name: str, value: Any, *, below: float = 1.0) -> None:
-    """Error unless a value is a Python number in (0, below]."""
+def _check_static(name: str, value: Any) -> None:
+    """Error unless a value is a Python number."""
     if not is_python_number(value):
         raise TypeError(f"{name} must be a Python number, got {value!r}. It is static.")
-    if not 0 < value <= below:
-        raise ValueError(f"{name} must lie in (0, {below:g}], got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +183,9 @@ class Damping(Compressor):
     factor: float
 
     def __post_init__(self):
-        _check_share("factor", self.factor, below=math.nextafter(2, 0))
+        _check_static("factor", self.factor)
+        if not 0 < self.factor < 2:
+            raise ValueError(f"factor must lie in (0, 2), got {self.factor}.")
 
     def compress(self, x, key=None, memory=()):
         del key, memory
@@ -224,7 +223,9 @@ class RandomDropout(Compressor):
     is_random: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_share("probability", self.probability)
+        _check_static("probability", self.probability)
+        if not 0 < self.probability <= 1:
+            raise ValueError(f"probability must lie in (0, 1], got {self.probability}.")
         if not isinstance(self.inner, Compressor) or isinstance(self.inner, RandomDropout):
             raise TypeError(f"inner must be a compressor that is no dropout, got {self.inner!r}.")
 

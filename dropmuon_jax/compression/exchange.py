@@ -6,7 +6,6 @@ integers of their width, since backends widen the collectives of narrow floating
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,13 +86,13 @@ def on_workers(
 
     Returns:
         A transformation. `update` takes gradients (and `prev_params_grads`) with a leading axis of
-        workers and gives updates without it, for parameters that all workers have. `init` gives the
-        workers' own arrays a leading axis; :func:`worker_specs` says which they are.
+        workers and gives updates without it: no `optax.MultiSteps` goes around, means over micro-
+        batches come before. `init` gives workers' own arrays a leading axis (:func:`worker_specs`).
 
     Raises:
         TypeError: If `workers` is neither.
         ValueError: If the mesh has no such axis; in `update`, for gradients of another number of
-            workers, or of none.
+            workers, or of none, and for updates or a state that would differ between workers.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -121,10 +120,9 @@ def on_workers(
         count = static_int("workers", workers, minimum=1, hint=hint)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        def for_all(x: Array) -> Array:
-            return jnp.broadcast_to(x, (count, *jnp.shape(x)))
-
-        return map_worker_states(for_all, inner.init(params))
+        return map_worker_states(
+            lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), inner.init(params)
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         for path, x in jax.tree_util.tree_leaves_with_path(updates):
@@ -135,29 +133,33 @@ def on_workers(
                     f"{count} workers: jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, "
                     "batches), with batches of each worker."
                 )
-        of_workers = {"updates": updates}
-        if extra_args.get("prev_params_grads") is not None:
-            second = extra_args.pop("prev_params_grads")
-            of_workers["prev_params_grads"] = restructure_like("prev_params_grads", second, updates)
+        more = {}
+        if (second := extra_args.pop("prev_params_grads", None)) is not None:
+            more["prev_params_grads"] = restructure_like("prev_params_grads", second, updates)
 
         def update(of_worker: Any, state: Any, params: Any) -> Any:
-            of_worker = dict(of_worker)
-            return inner.update(of_worker.pop("updates"), state, params, **extra_args, **of_worker)
+            return inner.update(of_worker[0], state, params, **extra_args, **of_worker[1])
 
-        if mesh is None:
-            axes = map_worker_states(lambda _: 0, state, lambda _: None)
-            return jax.vmap(
-                update,
-                in_axes=(0, axes, None),
-                out_axes=(None, axes),
-                axis_name=axis,
-                axis_size=count,
-            )(of_workers, state, params)
+        given = (updates, more), state, params
+        axes = map_worker_states(lambda _: 0, state, lambda _: None)
+        beside = jax.vmap(update, (0, axes, None), (None, axes), axis_name=axis, axis_size=count)
+        try:
+            if mesh is None:
+                return beside(*given)
+            # A mesh would take what differs for replicated, without a word.
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), given)
+            jax.eval_shape(beside, *shapes)
+        except ValueError as error:
+            if "out_axes" not in str(error):
+                raise
+            raise ValueError(
+                "Updates or states would differ between workers. Exchange gradients first, by "
+                "dm.compression.ef21 or dm.privacy.norm_ec, and keep no state of those before it."
+            ) from None
 
         def on_device(of_worker: Any, state: Any, params: Any) -> Any:
-            one = functools.partial(jax.tree.map, lambda x: x[0])
-            state = map_worker_states(lambda x: x[0], state)
-            updates, state = update(one(of_worker), state, params)
+            one = jax.tree.map(lambda x: x[0], of_worker)
+            updates, state = update(one, map_worker_states(lambda x: x[0], state), params)
             return updates, map_worker_states(lambda x: x[None], state)
 
         specs = worker_specs(state, axis)
@@ -168,7 +170,7 @@ def on_workers(
             out_specs=(jax.P(), specs),
             axis_names={axis},
             check_vma=False,  # loops over the layers of a stack start from zeros
-        )(of_workers, state, params)
+        )(*given)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from dropmuon_jax._checks import check_positive, is_python_number, static_int
@@ -42,7 +43,8 @@ class Allocator(NamedTuple):
     """The shares of the next iteration, which sum to the number of tasks."""
     update: Callable[[TaskTimes, Shares, Float[Array, " workers"]], TaskTimes]
     """The record after an iteration, from the shares and the time that each worker took for all of
-    its own; of a worker without tasks it does not count."""
+    its own; of a worker without tasks it does not count. An error for other shapes, and outside of
+    `jax.jit` for times that are negative or NaN."""
 
 
 def recursive_allocation(task_times: Float[Array, " workers"], num_tasks: int) -> Shares:
@@ -60,7 +62,8 @@ def recursive_allocation(task_times: Float[Array, " workers"], num_tasks: int) -
 
     Raises:
         TypeError: If `num_tasks` is no Python integer.
-        ValueError: Without tasks or without workers.
+        ValueError: Without tasks or without workers, and outside of `jax.jit` for a negative time
+            or NaN.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -79,7 +82,7 @@ def recursive_allocation(task_times: Float[Array, " workers"], num_tasks: int) -
         raise ValueError(
             f"task_times must be a vector, of one worker at least, got shape {task_times.shape}."
         )
-
+    _check_times("task_times", task_times)
     return _share(task_times, num_tasks, jnp.zeros(task_times.shape, bool))
 
 
@@ -226,11 +229,17 @@ def _allocator(
             "iteration alone, there would be no times of workers without tasks."
         )
 
+    def check_sizes(**arrays: Array) -> None:
+        for name, x in arrays.items():
+            if x.shape != (num_workers,):
+                raise ValueError(f"{name} must be of {num_workers} workers, got shape {x.shape}.")
+
     def init() -> TaskTimes:
         nothing = jnp.zeros(num_workers)
         return TaskTimes(nothing, nothing, jnp.zeros((), jnp.int32))
 
     def allocate(record: TaskTimes) -> Shares:
+        check_sizes(record=record.total)
         seen, dtype = record.num_tasks > 0, record.total.dtype
         num_tasks_seen = jnp.where(seen, record.num_tasks, 1)
         iteration = (record.count + 1).astype(dtype)
@@ -243,7 +252,10 @@ def _allocator(
 
     def update(record: TaskTimes, shares: Shares, times: Array) -> TaskTimes:
         dtype = record.total.dtype
-        times = jnp.where(shares > 0, jnp.asarray(times).astype(dtype), 0)
+        shares, times = jnp.asarray(shares), jnp.asarray(times)
+        check_sizes(record=record.total, shares=shares, times=times)
+        times = jnp.where(shares > 0, times.astype(dtype), 0)
+        _check_times("times", times)
         return TaskTimes(
             decay * record.num_tasks + shares.astype(dtype),
             decay * record.total + times,
@@ -251,6 +263,17 @@ def _allocator(
         )
 
     return Allocator(init, allocate, update)
+
+
+def _check_times(name: str, times: Array) -> None:
+    """Error for times that are known to be negative or NaN: their worker would get every task."""
+    if isinstance(times, Tracer) or not times.is_fully_addressable:
+        return
+    if bad := np.flatnonzero(~(np.asarray(times) >= 0)).tolist():
+        raise ValueError(
+            f"{name} must be at least 0, got {times[bad[0]]} of worker {bad[0]}. Infinity is a "
+            "worker that is gone."
+        )
 
 
 def _num_workers(num_workers: int) -> int:

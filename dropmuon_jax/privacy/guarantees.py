@@ -5,11 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zlib
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import PRNGKeyArray
 
-from dropmuon_jax._checks import check_choice, check_nonnegative, check_positive, static_int
+from dropmuon_jax._checks import (
+    check_choice,
+    check_nonnegative,
+    check_positive,
+    is_python_number,
+    static_int,
+)
+from dropmuon_jax.layers.trees import leaf_paths
 
 Relation = Literal["add_or_remove", "replace"]
 
@@ -30,7 +42,8 @@ class PrivacyPlan:
     **What is not**: the choice of hyper-parameters and of the round to stop at by looking at the
     data; anything released besides, such as losses, counts, or gradients that
     :func:`~dropmuon_jax.compression.start_from_gradients` sends; floating-point attacks on the
-    noise; clients that see other clients' messages and their own noise.
+    noise; people who know the seed, as all clients do; and a round that is taken again on other
+    data, from an older state: it has the same noise.
 
     Attributes:
         epsilon: ε after all rounds.
@@ -63,6 +76,9 @@ class PrivacyPlan:
 
     def __post_init__(self):
         check_positive("epsilon", self.epsilon)
+        for name in ("delta", "sampling_probability"):
+            if not is_python_number(value := getattr(self, name)):
+                raise TypeError(f"{name} must be a Python number, got {value!r}.")
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must lie in (0, 1), got {self.delta}.")
         static_int("rounds", self.rounds, minimum=1)
@@ -124,7 +140,8 @@ class PrivacyPlan:
         """ε so far, by the rounds that the state of an optimizer has counted.
 
         Raises:
-            ValueError: If there are more than are accounted for, or the state counts none.
+            ValueError: If there are more than are accounted for, the state counts none, or its
+                noise is that of another plan.
         """
         nodes: list[Any] = [of for _, of in optax.tree.get_all_with_path(opt_state, "NormECState")]
         if len(nodes) != 1:
@@ -132,7 +149,46 @@ class PrivacyPlan:
                 f"opt_state has {len(nodes)} parts that send private messages, and one is meant: "
                 "give the state of an optimizer with dm.privacy.norm_ec in it."
             )
+        has, said = float(nodes[0].noise_multiplier), self.noise_multiplier
+        if not math.isclose(has, said, rel_tol=1e-5):
+            raise ValueError(
+                f"The optimizer has noise of multiplier {has:g}, and this plan says {said:g}: ask "
+                "the plan that the optimizer was made with."
+            )
         return self.epsilon_after(int(nodes[0].count))
+
+
+def checked_seed(plan: PrivacyPlan | None, seed: int | None) -> int:
+    """The seed of what a plan asks for; an error for a plan that does not fit, or one without."""
+    if not isinstance(plan, PrivacyPlan | None):
+        raise TypeError(f"plan must be a dm.privacy.PrivacyPlan, got {plan!r}.")
+    if plan is not None and plan.sampling_probability < 1:
+        raise ValueError(
+            "plan has clients drawn for each round, and here all of them take part: leave out "
+            "sampling_probability."
+        )
+    if seed is None:
+        if plan is not None:
+            raise ValueError(
+                "plan needs a seed. Whoever knows it can take the noise away: give one that nobody "
+                "can guess, such as secrets.randbits(32), the same in all processes and restarts."
+            )
+        return 0
+    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each round.")
+    if seed >= 1 << 32:
+        raise ValueError(f"seed must be below 2**32, got {seed}: keys leave out what is above.")
+    return seed
+
+
+def with_noise(tree: Any, key: PRNGKeyArray, deviation: float) -> Any:
+    """Gaussian noise on every entry, another one for each leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = [jax.random.fold_in(key, np.uint32(zlib.crc32(of.encode()))) for of in leaf_paths(tree)]
+    noisy = [
+        x + jnp.asarray(deviation, x.dtype) * jax.random.normal(of, x.shape, x.dtype)
+        for x, of in zip(leaves, keys, strict=True)
+    ]
+    return treedef.unflatten(noisy)
 
 
 def _dp_accounting() -> Any:

@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray, UInt32
+from jaxtyping import Array, UInt32
 
-from dropmuon_jax._checks import check_choice, check_nonnegative, check_positive, static_int
+from dropmuon_jax._checks import check_choice, check_nonnegative, check_positive, describe
 from dropmuon_jax.compression.error_feedback import wide_zeros
 from dropmuon_jax.compression.exchange import WorkerState, worker_place
-from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
-from dropmuon_jax.layers.trees import leaf_paths
+from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.norms.norm import Norm
-from dropmuon_jax.privacy.guarantees import PrivacyPlan
+from dropmuon_jax.privacy.guarantees import PrivacyPlan, checked_seed, with_noise
 from dropmuon_jax.transforms.masked import masked_transformation
 
 
@@ -38,6 +37,8 @@ class NormECState(NamedTuple):
     """The number of rounds."""
     settings: UInt32[Array, " 2"]
     """The seed, and a checksum of the arguments, which all processes must share."""
+    noise_multiplier: Array
+    """Of the plan; 0 without one."""
 
 
 def norm_ec(
@@ -50,7 +51,7 @@ def norm_ec(
     norm: Norm | None = None,
     dimension_numbers: DimensionNumbers | None = None,
     axis: str | None = "workers",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""α-NormEC: clients send smoothly normalised errors, of length below 1, and keep what is left.
 
@@ -78,7 +79,8 @@ def norm_ec(
         norm: Of a leaf, with `by="leaf"`; by default the Euclidean norm.
         dimension_numbers: Of that norm, of every leaf.
         axis: The axis of clients, as in :func:`~dropmuon_jax.compression.ef21`.
-        seed: Of the noise. With a seed that others know there is no privacy.
+        seed: Of the noise, needed with a plan. Who knows it can take the noise away, so give one
+            that nobody can guess, such as `secrets.randbits(32)`, and keep it for restarts.
 
     Returns:
         A transformation with a :class:`NormECState`. It takes no `layer_mask` that leaves out
@@ -114,7 +116,7 @@ def clip21(
     plan: PrivacyPlan | None = None,
     server_normalization: bool = False,
     axis: str | None = "workers",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip21: as :func:`norm_ec`, with errors that are clipped to a length, and β = 1.
 
@@ -151,7 +153,7 @@ def bounded_mean(
     plan: PrivacyPlan | None = None,
     server_normalization: bool = False,
     axis: str | None = "workers",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The mean of the clients' bounded gradients, with noise and without error feedback: DP-SGD.
 
@@ -201,14 +203,24 @@ class _Form(NamedTuple):
     def shorten(self, error: Any) -> Any:
         """Δ of a tree."""
         if self.by == "tree":
-            factor = self.bound(optax.tree.norm(error))
+            factor = self.bound(_length(error))
             return jax.tree.map(lambda x: factor.astype(x.dtype) * x, error)
 
         def of_leaf(x: Array) -> Array:
-            size = jnp.linalg.norm(x) if self.norm is None else self.norm.norm(x, self.numbers)
+            size = _length(x) if self.norm is None else self.norm.norm(x, self.numbers)
             return self.bound(size).astype(x.dtype) * x
 
         return jax.tree.map(of_leaf, error)
+
+
+def _length(tree: Any) -> Array:
+    """The Euclidean length. No square underflows: messages would become too long by that."""
+    leaves = jax.tree.leaves(tree)
+    dtype = functools.reduce(np.promote_types, (x.dtype for x in leaves), np.dtype(np.float32))
+    tops = [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves]
+    top = functools.reduce(jnp.maximum, tops, jnp.zeros((), dtype))
+    unit = jnp.where(top > 0, top, 1)
+    return unit * optax.tree.norm([x.astype(dtype) / unit for x in leaves])
 
 
 def _normalized(length: Array, alpha: float) -> Array:
@@ -220,16 +232,13 @@ def _clipped(length: Array, limit: float) -> Array:
 
 
 def _bounded(
-    form: _Form, plan: PrivacyPlan | None, axis: str | None, seed: int
+    form: _Form, plan: PrivacyPlan | None, axis: str | None, given_seed: int | None
 ) -> optax.GradientTransformationExtraArgs:
-    if not isinstance(plan, PrivacyPlan | None):
-        raise TypeError(f"plan must be a dm.privacy.PrivacyPlan, got {plan!r}.")
-    if plan is not None and plan.sampling_probability < 1:
-        raise ValueError(
-            "plan has clients drawn for each round, and here all of them take part: leave out "
-            "sampling_probability."
-        )
+    seed = checked_seed(plan, given_seed)
     check_choice("by", form.by, ("tree", "leaf"))
+    check_dimension_numbers(form.numbers)
+    if not isinstance(form.norm, Norm | None):
+        raise TypeError(f"norm must be a dm.norms.Norm, got {describe(form.norm)}.")
     if form.norm is not None and form.by == "tree":
         raise ValueError("norm is of a leaf: say by='leaf'.")
     if plan is not None and form.by == "leaf":
@@ -237,16 +246,14 @@ def _bounded(
             "A message is at most 1 long in the Euclidean norm of the whole tree, for which plan "
             "has its noise: leave out by and norm."
         )
-    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each round.")
-    deviation = form.length * plan.noise_multiplier if plan is not None else 0.0
+    multiplier = plan.noise_multiplier if plan is not None else 0.0
     about = zlib.crc32(form.name.encode())
     settings = np.array([seed & 0xFFFFFFFF, about], np.uint32)
 
     def init(params: optax.Params) -> NormECState:
-        worker = WorkerState((), wide_zeros(params), ())
-        return NormECState(
-            worker, wide_zeros(params), jnp.zeros((), jnp.int32), jnp.asarray(settings)
-        )
+        worker, count = WorkerState((), wide_zeros(params), ()), jnp.zeros((), jnp.int32)
+        noise = jnp.asarray(multiplier, jnp.float32)
+        return NormECState(worker, wide_zeros(params), count, jnp.asarray(settings), noise)
 
     def update(updates: Any, state: NormECState, params: Any, layer_mask: Any, extra_args: Any):
         del params, extra_args
@@ -257,12 +264,16 @@ def _bounded(
             plan.epsilon_after(0 if int(count) < plan.rounds else int(count) + 1)
         own = state.worker.estimate
         error = jax.tree.map(lambda g, e: g.astype(e.dtype) - e, updates, own)
+        if plan is not None:  # NaN has no bound
+            is_finite = jnp.isfinite(_length(error))
+            error = jax.tree.map(lambda x: jnp.where(is_finite, x, 0), error)
         message = form.shorten(error)
         if form.has_feedback:
             own = jax.tree.map(lambda e, x: e + jnp.asarray(form.beta, x.dtype) * x, own, message)
         if plan is not None:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), index)
-            message = _until(plan.rounds, count, _with_noise(message, key, deviation))
+            message = with_noise(message, key, form.length * multiplier)
+            message = _until(plan.rounds, count, message)
         if axis is not None:  # by the number of clients, whatever their data
             message = jax.lax.pmean(message, axis)
         estimate = message
@@ -279,7 +290,7 @@ def _bounded(
         steps = jax.tree.map(lambda x, g: x.astype(g.dtype), steps, updates)
         count = jnp.asarray(optax.safe_increment(count))
         worker = state.worker._replace(estimate=own)
-        return steps, NormECState(worker, estimate, count, state.settings)
+        return steps, state._replace(worker=worker, estimate=estimate, count=count)
 
     return masked_transformation(init, update)
 
@@ -287,14 +298,3 @@ def _bounded(
 def _until(rounds: int, count: Array, tree: Any) -> Any:
     """The tree, and zeros from a round on."""
     return jax.tree.map(lambda x: jnp.where(count < rounds, x, 0), tree)
-
-
-def _with_noise(tree: Any, key: PRNGKeyArray, deviation: float) -> Any:
-    """Gaussian noise on every entry, another one for each leaf."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = [jax.random.fold_in(key, np.uint32(zlib.crc32(of.encode()))) for of in leaf_paths(tree)]
-    noisy = [
-        x + jnp.asarray(deviation, x.dtype) * jax.random.normal(of, x.shape, x.dtype)
-        for x, of in zip(leaves, keys, strict=True)
-    ]
-    return treedef.unflatten(noisy)

@@ -198,7 +198,7 @@ def test_every_worker_draws_noise_of_its_own_which_a_mean_reduces():
     """A replicated state alone would give all devices the same noise, which no mean reduces."""
     mesh, params = make_mesh(workers=8), {"w": jnp.zeros(4000)}
     plan = LoudPlan(8.0, 1e-5, rounds=2)
-    tx = dm.privacy.norm_ec(1.0, 0.5, plan=plan, server_normalization=False)
+    tx = dm.privacy.norm_ec(1.0, 0.5, plan=plan, server_normalization=False, seed=1)
     tx = dm.compression.on_workers(tx, mesh)
     grads = {"w": jnp.zeros((8, 4000))}
     first, state = tx.update(grads, tx.init(params), params)

@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from dropmuon_jax._checks import check_positive
@@ -62,6 +64,10 @@ def brox_quadratic(
     Returns:
         A :class:`Brox`, and c, with c (x - z) = ∇f(z).
 
+    Raises:
+        ValueError: For shapes that do not fit, and outside of `jax.jit` for an A that is not
+            symmetric or has a negative eigenvalue: the formula is none then.
+
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
         >>> quadratic = dm.contrib.broximal.brox_quadratic
@@ -73,11 +79,21 @@ def brox_quadratic(
         The subproblem of trust regions: Moré and Sorensen, 1983.
     """
     check_positive("radius", radius)
+    if hessian.shape != (*x.shape, *x.shape) or slope.shape != x.shape or x.ndim != 1:
+        raise ValueError(
+            f"hessian, slope and x must be of shapes (n, n), (n,) and (n,), got {hessian.shape}, "
+            f"{slope.shape} and {x.shape}."
+        )
+    hessian, slope, centre = (
+        a.astype(np.promote_types(a.dtype, np.float32)) for a in (hessian, slope, x)
+    )
     size, eigenvectors = jnp.linalg.eigh(hessian)
+    if not isinstance(size, Tracer):
+        _check_semidefinite(np.asarray(hessian), np.asarray(size))
     # What is 0 but for rounding: there a minimizer needs no step, or there is none.
     floor = len(size) * jnp.finfo(size.dtype).eps * jnp.maximum(size[-1], 0)
     size = jnp.where(size <= floor, 0, size)
-    gradient = eigenvectors.T @ (hessian @ x - slope)
+    gradient = eigenvectors.T @ (hessian @ centre - slope)
 
     def step(c: Array) -> Array:
         total = size + c
@@ -97,9 +113,22 @@ def brox_quadratic(
 
     _, c = jax.lax.fori_loop(0, 100, halve, (jnp.zeros_like(longest), longest))
     c = jnp.where(is_inside, 0, c)
-    point = x + eigenvectors @ step(c)
+    point = centre + eigenvectors @ step(c)
     value = 0.5 * point @ hessian @ point - slope @ point
-    return _exactly(point, value), c
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else point.dtype
+    return _exactly(point.astype(dtype), value), c
+
+
+def _check_semidefinite(hessian: np.ndarray, eigenvalues: np.ndarray) -> None:
+    """Error for a matrix that is not symmetric or has a negative eigenvalue, but for rounding."""
+    rounding = 10 * len(hessian) * np.finfo(hessian.dtype).eps * np.abs(eigenvalues).max(initial=0)
+    if np.abs(hessian - hessian.T).max(initial=0) > rounding:
+        raise ValueError("hessian must be symmetric: give (A + A.T) / 2, of which f is the same.")
+    if eigenvalues.min(initial=0) < -rounding:
+        raise ValueError(
+            f"hessian has the eigenvalue {eigenvalues.min():g}, and must be positive semidefinite: "
+            "otherwise what is found need not be the smallest value in the ball."
+        )
 
 
 def _exactly(point: Array, value: Array) -> Brox:

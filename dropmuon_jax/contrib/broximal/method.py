@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from dropmuon_jax._checks import static_int
+from dropmuon_jax._checks import check_nonnegative, static_int
 from dropmuon_jax.contrib.broximal.balls import Norms, balls_of, check_norms
 from dropmuon_jax.contrib.broximal.oracle import minimise
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers
@@ -97,6 +97,7 @@ def broximal_point(
         raise TypeError("radius must be numbers or schedules here: an adaptive one is of an LMO.")
     check_norms(norm, dimension_numbers)
     static_int("num_steps", num_steps, minimum=1)
+    check_nonnegative("tolerance", tolerance)
 
     def init(params: optax.Params) -> BroximalPointState:
         radii = leaf_radii("radius", radius, params)

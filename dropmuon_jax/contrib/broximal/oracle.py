@@ -94,6 +94,8 @@ def brox(
     static_int("max_steps", max_steps, minimum=1)
     check_parameters(x, "x")
     leaves, structure = jax.tree.flatten(x)
+    if not leaves:
+        raise ValueError("x has no arrays.")
     radii = [jnp.asarray(of) for of in leaf_radii("radius", radius, x)]
     balls = balls_of(x, norm, radii, dimension_numbers)
 

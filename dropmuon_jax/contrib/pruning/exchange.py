@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_choice, check_nonnegative, static_int
-from dropmuon_jax.contrib.pruning.kernels import Kernels, check_kernels
+from dropmuon_jax.contrib.pruning.kernels import Kernels, check_kernels, check_mapping
 from dropmuon_jax.contrib.pruning.masks import Masks, mask_of_leaves
 from dropmuon_jax.contrib.pruning.scores import check_order, magnitude, ria, wanda
 
@@ -99,9 +99,16 @@ def dsnot(
     if m is not None:
         static_int("m", m, minimum=1)
     mask_of_leaves(params, masks)
-    leaves = check_kernels(params, {path: kernels[path] for path in masks})
+    kernels = _kernels_of(masks, kernels)
+    leaves = check_kernels(params, kernels)
     if scores is None:
-        scores = wanda(params, {path: kernels[path] for path in masks})
+        scores = wanda(params, kernels)
+    for name, of_kernels in (("scores", scores), ("grow_weights", grow_weights)):
+        for path, leaf in {} if of_kernels is None else leaves.items():
+            of_leaf = check_mapping(name, of_kernels).get(path)
+            if of_leaf is None or of_leaf.shape != leaf.shape:
+                has = "lacks it" if of_leaf is None else f"has shape {of_leaf.shape}"
+                raise ValueError(f"masks have '{path}' {leaf.shape}, and {name} {has}.")
     new = {}
     for path, leaf in leaves.items():
         kernel = kernels[path]
@@ -169,7 +176,7 @@ def r2_dsnot(
     check_nonnegative("power", power)
     check_nonnegative("regularizer", regularizer)
     check_order(order)
-    kernels = {path: kernels[path] for path in masks}
+    kernels = _kernels_of(masks, kernels)
     leaves = check_kernels(params, kernels)
     if relative == "grow":
         sizes = magnitude(params, kernels)
@@ -185,6 +192,13 @@ def r2_dsnot(
     return dsnot(
         params, kernels, masks, scores=scores, grow_weights=grow, keeps_sign=keeps_sign, m=m
     )
+
+
+def _kernels_of(masks: Mapping[str, Array], kernels: Kernels) -> Kernels:
+    """Those that have a mask."""
+    if missing := [path for path in check_mapping("masks", masks) if path not in kernels]:
+        raise ValueError(f"masks have '{missing[0]}', which kernels do not: {list(kernels)[:6]}.")
+    return {path: kernels[path] for path in masks}
 
 
 class _Rule(NamedTuple):

@@ -1,13 +1,14 @@
 """What is known of a kernel: where its fan-in and fan-out are, and moments of both sides."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dropmuon_jax._checks import describe
 from dropmuon_jax.layers.matrices import MatrixAxes, to_matrices
 from dropmuon_jax.layers.trees import leaf_paths
 
@@ -53,6 +54,11 @@ class Kernel:
     fan_out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     """The axes that the product keeps."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf."""
+        return jnp.broadcast_shapes(self.inputs.mean.shape, self.outputs.mean.shape)
+
     def matrices(self, leaf: Array) -> tuple[Float[Array, "batch fan_in fan_out"], Callable]:
         """The leaf as a stack of matrices, and the way back."""
         return to_matrices(leaf, MatrixAxes("", self.fan_in, self.fan_out))
@@ -69,8 +75,15 @@ class Kernel:
 Kernels = dict[str, Kernel]
 
 
+def check_mapping(name: str, value: Any) -> dict[str, Array]:
+    """The arrays of a mapping from paths, in a dict of their own."""
+    if not isinstance(value, Mapping) or not all(hasattr(x, "dtype") for x in value.values()):
+        raise TypeError(f"{name} must be a mapping from paths to arrays, got {describe(value)}.")
+    return dict(value)
+
+
 def check_kernels(params: Any, kernels: Any) -> dict[str, Array]:
-    """The leaves of kernels by path; an error for a path that params do not have."""
+    """The leaves of kernels by path; an error for a path or a shape that params do not have."""
     if not isinstance(kernels, dict) or not all(isinstance(x, Kernel) for x in kernels.values()):
         raise TypeError(
             "kernels must be what record_kernels returns, a dict from paths to Kernel, or a part."
@@ -81,5 +94,10 @@ def check_kernels(params: Any, kernels: Any) -> dict[str, Array]:
             raise ValueError(
                 f"kernels have '{path}', which params do not: {sorted(leaves)[:6]}. Give the "
                 "params that record_kernels was given."
+            )
+        if leaves[path].shape != kernels[path].shape:
+            raise ValueError(
+                f"'{path}' has shape {leaves[path].shape} in params, and {kernels[path].shape} in "
+                "kernels. Give the params that record_kernels was given."
             )
     return {path: leaves[path] for path in kernels}

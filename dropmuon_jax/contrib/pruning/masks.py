@@ -18,7 +18,7 @@ from dropmuon_jax._checks import (
     is_python_number,
     static_int,
 )
-from dropmuon_jax.contrib.pruning.kernels import Kernels
+from dropmuon_jax.contrib.pruning.kernels import Kernels, check_mapping
 from dropmuon_jax.layers.trees import leaf_paths
 from dropmuon_jax.transforms.masked import with_second_gradient
 
@@ -62,7 +62,7 @@ def make_masks(
         raise ValueError(f"sparsity must be a number in [0, 1), got {describe(sparsity)}.")
     check_choice("per", per, get_args(Group))
     _check_scores(scores, kernels)
-    if per == "all":
+    if per == "all" and scores:
         flat = jnp.concatenate([scores[path].ravel() for path in scores])
         keep = _keep_highest(flat, round(sparsity * flat.size))
         ends = [0]
@@ -193,7 +193,7 @@ def keep_pruned(
     """
     check_transformation("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
-    masks = dict(masks)
+    masks = check_mapping("masks", masks)
 
     def init(params: optax.Params) -> KeepPrunedState:
         check_parameters(params)
@@ -211,13 +211,12 @@ def keep_pruned(
                 "parameters to update, tx.update(grads, opt_state, params)."
             )
         structure = jax.tree.structure(updates)
-        of_leaves = jax.tree.leaves(state.masks, is_leaf=_has_no_mask)
+        of_leaves = structure.flatten_up_to(state.masks)
 
         def where_kept(tree: Any, otherwise: list[Array]) -> Any:
             rows = zip(jax.tree.leaves(tree), of_leaves, otherwise, strict=True)
             return structure.unflatten(
-                x if _has_no_mask(mask) else jnp.where(mask, x, other.astype(x.dtype))
-                for x, mask, other in rows
+                x if _has_no_mask(mask) else _chosen(mask, x, other) for x, mask, other in rows
             )
 
         zeros = list(map(jnp.zeros_like, jax.tree.leaves(updates)))
@@ -236,7 +235,7 @@ def mask_of_leaves(params: Any, masks: Mapping[str, Array]) -> list[Array | None
     """The mask of each leaf, None for one without; an error for masks that do not fit."""
     paths, leaves = leaf_paths(params), jax.tree.leaves(params)
     shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
-    for path, mask in masks.items():
+    for path, mask in check_mapping("masks", masks).items():
         if path not in shapes:
             raise ValueError(f"masks have '{path}', which params do not: {sorted(shapes)[:6]}.")
         if jnp.shape(mask) != shapes[path] or mask.dtype != bool:
@@ -281,15 +280,20 @@ def _ordered_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
 
 
 def _check_scores(scores: Mapping[str, Shaped[Array, "..."]], kernels: Kernels) -> None:
-    for path, of_leaf in scores.items():
+    for path, of_leaf in check_mapping("scores", scores).items():
         if path not in kernels:
             raise ValueError(f"scores have '{path}', which kernels do not: {list(kernels)[:6]}.")
-        kernel = kernels[path]
-        expected = jnp.broadcast_shapes(kernel.inputs.mean.shape, kernel.outputs.mean.shape)
-        if of_leaf.shape != expected:
+        if of_leaf.shape != (expected := kernels[path].shape):
             raise ValueError(
                 f"scores['{path}'] has shape {of_leaf.shape}, and the kernel {expected}."
             )
+
+
+def _chosen(mask: Array, x: Array, other: Array) -> Array:
+    """In the wider dtype: a weight is zero only behind its own negative, to the last bit."""
+    wide = np.promote_types(np.promote_types(x.dtype, np.float32), other.dtype)
+    dtype = x.dtype if x.dtype == other.dtype else wide
+    return jnp.where(mask, x.astype(dtype), other.astype(dtype))
 
 
 def _has_no_mask(node: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
@@ -49,8 +50,9 @@ def record_kernels(
 
     Raises:
         TypeError: For a leaf of `params` that is no trainable floating-point parameter.
-        ValueError: Without batches, if no kernel is found, or if one is used in two layouts, such
-            as a table that is multiplied from both sides, naming it.
+        ValueError: Without batches, if no kernel is found, if what one makes of the batches is not
+            finite, or if one is used in two layouts, such as a table that is multiplied from both
+            sides, naming it.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
@@ -87,6 +89,12 @@ def record_kernels(
             "No kernel was found: give at least one batch, and a function in whose program leaves "
             f"of params are multiplied with data, of {paths[:6]}."
         )
+    for i, of in total.items():
+        if not isinstance(of.inputs.mean, Tracer) and not np.isfinite(of.outputs.variance).all():
+            raise ValueError(
+                f"What '{paths[i]}' makes of the batches is not finite: one has no rows, or there "
+                "is NaN in it or in params. No score means anything then."
+            )
     return {paths[i]: total[i] for i in sorted(total)}
 
 
