@@ -8,13 +8,14 @@ tests of the package compare with compiled programs on devices of their own.
 
 import functools
 import itertools
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib import pyplot as plt
+from pydantic import Field
 
 import dropmuon_jax as dm
 from communicating.task import (
@@ -49,6 +50,9 @@ class CommunicationSettings(GPTSettings):
     """Who takes part. muon must, with whom all are compared."""
     num_steps: Count = 300
     """The same for all methods, and so the same text. Learning rates fall linearly to 0."""
+    longer: Annotated[float, Field(ge=1)] = 2.5
+    """How many times as many steps a second run of each other method has, with its own decay of the
+    rate, in which it may come to Muon's loss."""
     num_evaluations: Count = 20
     """On the way of each run, at equal distances."""
     rates: Distinct[Positive] = (0.02, 0.05)
@@ -84,9 +88,9 @@ class Runs:
 
         return jax.jit(step, donate_argnums=(0, 1))
 
-    def train(self, rate: float, seed: int) -> list[list[float]]:
+    def train(self, rate: float, seed: int, num_steps: int) -> list[list[float]]:
         """Steps, bytes sent, and losses on the way: validation at W, test at W and at X."""
-        num_steps, task, method = self.settings.num_steps, self.task, self.method
+        task, method = self.task, self.method
         at = np.linspace(0, num_steps, self.settings.num_evaluations + 1).round().astype(int)
         distribution = dm.uniform_depth() if method.drops else dm.full_depth()
         sampler = dm.DepthSampler(task.layers, distribution, seed=seed)
@@ -112,21 +116,26 @@ def run(settings: CommunicationSettings, work: Work) -> Record:
     if "muon" not in settings.methods:
         raise SystemExit("--methods lacks muon, with which all are compared.")
     task, methods = make_task(settings), {}
+    num_steps, longer = settings.num_steps, round(settings.longer * settings.num_steps)
     count = len(settings.methods) * (len(settings.rates) + len(settings.seeds) - 1)
-    work.expect(count * settings.num_steps)
+    work.expect(count * num_steps + (len(settings.methods) - 1) * len(settings.seeds) * longer)
     for name in settings.methods:
         runs = Runs(name, task, settings, work)
 
-        def curve(rate: float, seed: int, name: str = name, runs: Runs = runs) -> Any:
-            return work.part(f"{name}_{rate}_{seed}", lambda: runs.train(rate, seed))
+        def curve(rate: float, seed: int, steps: int, name: str = name, runs: Runs = runs) -> Any:
+            return work.part(f"{name}_{rate}_{seed}_{steps}", lambda: runs.train(rate, seed, steps))
 
-        found = [[rate, curve(rate, settings.seeds[0])[-1][2]] for rate in settings.rates]
+        first = settings.seeds[0]
+        found = [[rate, curve(rate, first, num_steps)[-1][2]] for rate in settings.rates]
         best = min((one for one in found if one[1] is not None), key=lambda one: one[1])[0]
         methods[name] = {
             "validation_by_rate": found,
             "rate": best,
             "bytes_by_depth": runs.bytes_by_depth,
-            "curves": [curve(best, seed) for seed in settings.seeds],
+            "curves": [curve(best, seed, num_steps) for seed in settings.seeds],
+            "longer": [curve(best, seed, longer) for seed in settings.seeds]
+            if name != "muon"
+            else [],
         }
     return {"text": task.text, "methods": methods}
 
@@ -156,12 +165,14 @@ def tables(record: Record) -> Any:
         for curve, loss in zip(record["methods"]["muon"]["curves"], reached, strict=True)
     ]
     table = new_table(
-        "Test loss at equal steps; steps and bytes to Muon's loss at 90 %",
+        f"Test loss after {record['settings']['num_steps']} steps; in longer runs, steps and bytes "
+        "to Muon's loss at 90 %",
         *("method", "bytes/step", "loss at W", "at X", "steps", "bytes saved"),
     )
     for name, of in record["methods"].items():
         curves = of["curves"]
-        found = [first_below(curve, loss) for curve, loss in zip(curves, reached, strict=True)]
+        until = of["longer"] or curves
+        found = [first_below(curve, loss) for curve, loss in zip(until, reached, strict=True)]
         steps = [None if x is None else x[0] for x in found]
         saved = [
             None if x is None or y is None else y[1] / x[1]
@@ -180,12 +191,12 @@ def tables(record: Record) -> Any:
 
 
 def figures(record: Record) -> Any:
-    """The test loss by steps, and by bytes."""
+    """The test loss by steps, and of the longer runs by bytes."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for index, (name, of) in enumerate(record["methods"].items()):
-        curves = of["curves"]
-        losses = [[curve[i][3] for curve in curves] for i in range(1, len(curves[0]))]
         for panel, column in zip(panels, (0, 1), strict=True):
+            curves = (of["longer"] if column else []) or of["curves"]
+            losses = [[curve[i][3] for curve in curves] for i in range(1, len(curves[0]))]
             x = [
                 float(np.mean([curve[i][column] for curve in curves]))
                 for i in range(1, len(curves[0]))

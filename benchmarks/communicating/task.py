@@ -39,22 +39,27 @@ class Method(NamedTuple):
 
     title: str
     compressor: Compressor
+    """Of matrices."""
+    other: Compressor = Identity()
+    """Of embeddings, biases and scales, which are most of what is left."""
     drops: bool = False
     server: Compressor | None = None
 
 
+_NATURAL = Natural(8)
+_LOW_RANK = RankK(0.15, _NATURAL)
 METHODS = {
     "muon": Method("Muon", Identity()),
-    "natural8": Method("natural, 8 bits", Natural(8)),
-    "top10_natural": Method("top 10 %, natural", TopK(0.1, Natural(8))),
+    "natural8": Method("natural, 8 bits", _NATURAL, _NATURAL),
+    "top10_natural": Method("top 10 %, natural", TopK(0.1, _NATURAL), _NATURAL),
     "rank15": Method("rank 15 %", RankK(0.15)),
-    "rank15_natural8": Method("rank 15 %, natural", RankK(0.15, Natural(8))),
+    "rank15_natural8": Method("rank 15 %, natural", _LOW_RANK, _NATURAL),
     "rank15_natural8_server": Method(
-        "the same, server natural", RankK(0.15, Natural(8)), server=Natural(8)
+        "the same, server natural", _LOW_RANK, _NATURAL, server=_NATURAL
     ),
     "drop_muon": Method("Drop-Muon", Identity(), drops=True),
-    "drop_natural8": Method("drop, natural, 8 bits", Natural(8), drops=True),
-    "drop_rank15_natural8": Method("drop, rank 15 %, natural", RankK(0.15, Natural(8)), drops=True),
+    "drop_natural8": Method("drop, natural, 8 bits", _NATURAL, _NATURAL, drops=True),
+    "drop_rank15_natural8": Method("drop, rank 15 %, natural", _LOW_RANK, _NATURAL, drops=True),
 }
 
 
@@ -127,6 +132,7 @@ def make_optimizer(
         rate,
         task.layers,
         method.compressor,
+        other=method.other,
         seed=seed,
         server_norm="frobenius",
         auxiliary_learning_rate=jnp.asarray(auxiliary_rate) * rate,
@@ -142,7 +148,7 @@ def payload_bytes(method: Method, task: Task, depth: int) -> int:
     flags = jax.tree.leaves(task.layers.mask(depth))
     leaves, treedef = jax.tree.flatten(params)
     total = 0
-    for label, compressor in (("matrix", method.compressor), ("other", Identity())):
+    for label, compressor in (("matrix", method.compressor), ("other", method.other)):
         chosen = [x if of == label else None for x, of in zip(leaves, labels, strict=True)]
         mask = [flag if of == label else None for flag, of in zip(flags, labels, strict=True)]
         total += dm.compression.payload_bits(
