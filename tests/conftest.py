@@ -1,14 +1,22 @@
 """How the tests compile, and fixtures that their files share."""
 
+import gc
+import os
+
 import jax
 import pytest
 
+# Most programs run once, for milliseconds, and compile for longer, so their machine code is not
+# optimized, and comes from those of XLA's two sets of emitters that compile in half the time. XLA
+# rewrites and fuses as ever: costs and the compiled program are the same. (0.12 has one set.)
+jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = " ".join(
+        ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
+    )
+
 # They run in processes of their own, started by test_on_eight_devices.py.
 collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
-
-# Most programs run once, for milliseconds, and compile for longer, so their machine code is not
-# optimized. XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_configure(config):
@@ -17,6 +25,12 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Keeps the collector from going again and again through what tracing has made, and stays."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
