@@ -94,7 +94,8 @@ def scanned_loss(params: Any, depth: Any) -> Any:
 
 
 def lmo(shape: Any, numbers: Any = None, path: str = "net/kernel") -> Any:
-    return step(dm.newton_schulz_lmo(dimension_numbers=numbers), {path: ONES(shape)})
+    tx = dm.newton_schulz_lmo(dimension_numbers=numbers)
+    return jax.eval_shape(lambda: step(tx, {path: ONES(shape)}))
 
 
 def train(
@@ -221,7 +222,7 @@ def in_shard_map(is_cast: bool) -> Any:
 
 def send_rows(depth: Any) -> Any:
     tx = dm.compression.drop_ef21_muon(0.1, stacked_layers, TOP, axis=None)
-    return step(tx, STACK, depth=depth)
+    return jax.jit(lambda: step(tx, STACK, depth=depth))()
 
 
 # Raised by several processes alone, whose way out tests/pods/process.py takes.
