@@ -10,6 +10,7 @@ import pytest
 # Most programs run once, for milliseconds, and compile for longer, so their machine code is not
 # optimized. XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that tests start too
 # Of XLA's two sets of emitters (JAX 0.12 has one) those that compile in half the time, without the
 # fused multiply-adds that they make in one program and not in another: AVX has none.
 if jax.__version_info__ < (0, 11) and platform.machine() in ("x86_64", "AMD64"):

@@ -26,8 +26,6 @@ _ENVIRONMENT = os.environ | {
     "JAX_ENABLE_X64": "1",
     # Collectives of programs that are read from a cache may wait for each other forever.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
-    # The programs run for a few milliseconds, and take seconds to compile.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
 
 
