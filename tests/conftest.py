@@ -30,9 +30,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Keeps the collector from going again and again through what tracing has made, and stays."""
+    """Keeps the collector from going again and again through what imports have made, and stays."""
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
