@@ -11,8 +11,9 @@ import pytest
 # optimized. XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that tests start too
-# Of XLA's two sets of emitters (JAX 0.12 has one) those that compile in half the time, without the
-# fused multiply-adds that they make in one program and not in another: AVX has none.
+# Of XLA's two sets of emitters (JAX 0.12 has one) those that compile in half the time, for which a
+# scatter is a loop, and without the fused multiply-adds that they make in one program and not in
+# another: AVX has none.
 if jax.__version_info__ < (0, 11) and platform.machine() in ("x86_64", "AMD64"):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
