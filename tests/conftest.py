@@ -1,14 +1,25 @@
 """How the tests compile, and fixtures that their files share."""
 
+import gc
+import os
+import platform
+
 import jax
 import pytest
-
-# They run in processes of their own, started by test_on_eight_devices.py.
-collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
 
 # Most programs run once, for milliseconds, and compile for longer, so their machine code is not
 # optimized. XLA rewrites and fuses as ever: numerics, costs and the compiled program are the same.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that tests start too
+# Of XLA's two sets of emitters (JAX 0.12 has one) those that compile in half the time, for which a
+# scatter is a loop, and without the fused multiply-adds that they make in one program and not in
+# another: AVX has none.
+if jax.__version_info__ < (0, 11) and platform.machine() in ("x86_64", "AMD64"):
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+
+# They run in processes of their own, started by test_on_eight_devices.py.
+collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
 
 
 def pytest_configure(config):
@@ -17,6 +28,11 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Keeps the collector from going again and again through what imports have made, and stays."""
+    gc.freeze()
 
 
 @pytest.fixture

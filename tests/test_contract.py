@@ -144,7 +144,7 @@ CASES = {
         ),
         promotes=True,
     ),
-    "ef21": Case(lambda: dm.compression.ef21(dm.compression.TopK(0.5), momentum=0.8, axis=None)),
+    "ef21": Case(lambda: dm.compression.ef21(dm.compression.Damping(0.5), momentum=0.8, axis=None)),
     "drop_muon": Case(
         lambda: drop_muon(LAYERS, momentum=dm.momentum(0.8, nesterov=True)),
         requires_mask=True,

@@ -122,10 +122,17 @@ STACK = {"blocks": jnp.stack([PARAMS["stem"], PARAMS["mid"]]), "head": PARAMS["h
 
 
 @pytest.mark.parametrize(
-    "optimizer",
-    [pytest.param(o, marks=[pytest.mark.deep] * (o == "drop_gluon")) for o in OPTIMIZERS],
+    ("optimizer", "name"),
+    [
+        pytest.param(
+            o,
+            n,
+            marks=[] if o == "drop_muon" or (o, n) == ("drop_scion", "trace") else pytest.mark.deep,
+        )
+        for o in OPTIMIZERS
+        for n in OF_OPTAX
+    ],
 )
-@pytest.mark.parametrize("name", OF_OPTAX)
 @pytest.mark.parametrize("is_stacked", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_momentum_that_knows_no_masks_is_frozen_and_steps_as_ours_does(
     optimizer, name, is_stacked

@@ -365,7 +365,8 @@ def test_random_arrays_have_norm_one_times_the_radius_and_differ_from_key_to_key
 def test_linen_and_nnx_take_an_initializer():
     initializer = NORMS["scion"].initializer(3.0)
     conv = nn.Conv(4, (3, 1), kernel_init=initializer)
-    kernel = conv.init(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float32))["params"]["kernel"]
+    variables = jax.jit(conv.init)(jax.random.key(0), np.ones((1, 4, 4, 2), np.float32))
+    kernel = variables["params"]["kernel"]
     linear = nnx.Linear(6, 4, kernel_init=initializer, rngs=nnx.Rngs(0))
     for array in (kernel, linear.kernel[...]):
         assert NORMS["scion"].norm(array) == pytest.approx(3, rel=2e-6)

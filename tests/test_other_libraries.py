@@ -196,12 +196,12 @@ def test_several_layers_of_equinox_in_one_are_no_window():
 def test_a_tree_of_kernels_out_in_steps_as_its_transpose_in_out(name):
     rng = np.random.default_rng(0)
     shapes = {"conv": (4, 3, 2, 2), "hidden": (6, 4), "head": (1, 6), "bias": (4,)}
-    grads = {name: jnp.asarray(rng.normal(size=shape), "f") for name, shape in shapes.items()}
+    grads = {name: rng.normal(size=shape).astype("f") for name, shape in shapes.items()}
     radii = dict.fromkeys(dm.layers.ROLES, 2.0)
 
     def step(layout, grads):
         tx = getattr(dm, name)(0.5, radii, dimension_numbers=layout)
-        return tx.update(grads, tx.init(grads), grads)[0]
+        return jax.jit(lambda grads: tx.update(grads, tx.init(grads), grads)[0])(grads)
 
     def transposed(x):  # (out, in, height, width) → (height, width, in, out)
         return x.transpose(*range(2, x.ndim), 1, 0) if x.ndim > 1 else x
@@ -217,10 +217,13 @@ def test_stacked_layers_of_equinox_step_as_the_layers_alone():
     layers = dm.layers_by_path(stack, [dm.stacked("blocks")])
     options: dict[str, Any] = {"dimension_numbers": "out_in", **EXACT}
     tx, single = dm.drop_muon(0.1, layers, **options), dm.muon(0.1, **options)
-    updates, _ = tx.update(stack, tx.init(stack), stack, depth=1)
+    updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, depth=1))(stack)
+    of_one = jax.jit(lambda p: single.update(p, single.init(p), p))
     for i in range(3):
-        row, of_row = (jax.tree.map(lambda x, i=i: x[i], tree) for tree in (stack, updates))
-        alone, _ = single.update(row, single.init(row), row)
+        row, of_row = (
+            jax.tree.map(lambda x, i=i: np.asarray(x)[i], tree) for tree in (stack, updates)
+        )
+        alone, _ = of_one(row)
         due = jax.tree.map(lambda x, i=i: x if i >= 1 else 0 * x, alone)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), of_row, due)
 
@@ -270,7 +273,7 @@ CONVOLUTIONS: dict[str, tuple[Any, Any]] = {
 def test_convolutions_in_other_layouts_are_refused_until_one_argument_says_which(name):
     layer, layout = CONVOLUTIONS[name]
     init = layer.init if isinstance(layer, nn.Module) else hk.transform(layer).init
-    params = init(KEY, jnp.ones((1, 8, 8, 4)))
+    params = jax.jit(init)(KEY, np.ones((1, 8, 8, 4), "f"))
     params = {"ConvTranspose_0": params["params"]} if "params" in params else params
     if layout is None:
         dm.muon(0.1).init(params)
@@ -278,9 +281,11 @@ def test_convolutions_in_other_layouts_are_refused_until_one_argument_says_which
     (leaf,) = (path for path, x in by_path(params).items() if x.ndim == 4)
     with pytest.raises(ValueError, match=rf"'{leaf}' .*may be a .*convolution.*'transposed'"):
         dm.muon(0.1).init(params)
-    grads = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), params)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), params)
     tx = dm.muon(1.0, dimension_numbers={leaf: layout}, **EXACT)
-    step = by_path(tx.update(grads, tx.init(params), params)[0])[leaf]
+    step = jax.jit(lambda g: tx.update(g, tx.init(params), params)[0])(grads)
+    step = by_path(step)[leaf]
     if layout == "transposed":  # fan-in 9 · 4
         step = step.swapaxes(-1, -2)
     parts = np.split(step, 1 if layout == "transposed" else 4, axis=-1)

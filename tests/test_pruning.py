@@ -1,5 +1,6 @@
 """Pruning: what is recorded, scored, masked and exchanged, and what stays at zero."""
 
+import functools
 import itertools
 
 import equinox as eqx
@@ -130,8 +131,8 @@ def test_a_kernel_is_found_in_every_library_and_layout(make):
 
 def test_stacked_layers_have_the_moments_that_they_have_one_by_one():
     gpt = GPT(vocabulary=7, width=4, num_heads=2, num_blocks=3, max_length=5)
-    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, 7)
-    params = gpt.init(jax.random.key(1), tokens)["params"]
+    tokens = np.random.default_rng(0).integers(7, size=(2, 5))
+    params = jax.jit(gpt.init)(jax.random.key(1), tokens)["params"]
     kernels = record(lambda p, x: gpt.apply({"params": p}, x), params, tokens)
     up = kernels["blocks/feed_forward/up/kernel"]
     assert up.fan_in == (1,)
@@ -148,9 +149,9 @@ def test_stacked_layers_have_the_moments_that_they_have_one_by_one():
     def scanned(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, p["turned"])[0]
 
-    w, x = jnp.asarray(draw(0, 3, 4, 4)), draw(1, 8, 4)
+    w, x = draw(0, 3, 4, 4), draw(1, 8, 4)
     one_by_one = record(unrolled, {"each": list(w)}, x, x + 1)
-    stacked = record(scanned, {"turned": w.mT}, x, x + 1)["turned"]
+    stacked = record(scanned, {"turned": w.swapaxes(1, 2)}, x, x + 1)["turned"]
     for i, of in enumerate(one_by_one.values()):
         np.testing.assert_allclose(stacked.inputs.mean[i], of.inputs.mean.T, atol=1e-6)
         np.testing.assert_allclose(stacked.outputs.rms[i], of.outputs.rms.T, atol=1e-6)
@@ -204,10 +205,13 @@ def test_relative_importance_is_shared_out_and_does_not_see_scales(order):
 
 def test_stochastic_sums_are_of_all_weights_at_one_and_right_on_average():
     params, kernels, w, _ = problem(sizes=(30, 20))
-    draws = [
-        pruning.stochastic_ria(params, kernels, key=jax.random.key(i), fraction=0.3)["w"]
-        for i in range(40)
-    ]
+
+    @jax.jit
+    def draws_of(keys):
+        score = functools.partial(pruning.stochastic_ria, params, kernels, fraction=0.3)
+        return jax.lax.map(lambda key: score(key=key)["w"], keys)
+
+    draws = np.asarray(draws_of(jax.random.split(jax.random.key(0), 40)))
     whole = pruning.ria(params, kernels, power=0.0)["w"]
     all_of_it = pruning.stochastic_ria(params, kernels, key=jax.random.key(0), fraction=1.0)["w"]
     np.testing.assert_allclose(all_of_it, whole, rtol=1e-5)
@@ -261,6 +265,10 @@ def test_layouts_change_nothing_but_the_layout(name):
 # Masks.
 
 
+def network_of_two(p, x):
+    return jnp.einsum("ri,bio->ro", x, p["a"]) @ p["b"]
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.floats(0, 0.99),
@@ -269,12 +277,10 @@ def test_layouts_change_nothing_but_the_layout(name):
     st.booleans(),
 )
 def test_the_lowest_of_each_group_are_pruned_and_as_many_as_said(sparsity, per, seed, has_ties):
-    params = {"a": jnp.asarray(draw(seed, 2, 6, 4)), "b": jnp.asarray(draw(seed + 1, 4, 3))}
+    params = {"a": draw(seed, 2, 6, 4), "b": draw(seed + 1, 4, 3)}
     if has_ties:
-        params = jax.tree.map(jnp.round, params)
-    kernels = record(
-        lambda p, x: jnp.einsum("ri,bio->ro", x, p["a"]) @ p["b"], params, draw(2, 3, 6)
-    )
+        params = jax.tree.map(np.round, params)
+    kernels = record(network_of_two, params, draw(2, 3, 6))
     scores = pruning.magnitude(params, kernels)
     masks = pruning.make_masks(scores, kernels, sparsity, per=per)
     matrices = {path: kernels[path].matrices for path in scores}
@@ -442,10 +448,13 @@ def loss(params, x):
     return jnp.sum(x**2)
 
 
+gradient = jax.jit(jax.grad(loss))
+
+
 def steps(tx, params, num_steps=3, of_step=lambda i: {}):
     state = tx.init(params)
     for i in range(num_steps):
-        grads = jax.grad(loss)(params, draw(i, 4, 3))
+        grads = gradient(params, draw(i, 4, 3))
         extra = of_step(i) | {"prev_params_grads": grads}
         updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
         params = optax.apply_updates(params, updates)

@@ -16,6 +16,14 @@ PAGES = sorted(
     for path in SITE.rglob("*.html")
     if not path.relative_to(SITE).as_posix().startswith("_")
 )
+# The images of an article that cannot be shown. (Waiting until a page is idle takes 0.5 s more.)
+MISSING = """async () => {
+    const images = [...document.querySelectorAll('article img')];
+    images.forEach(image => image.loading = 'eager');
+    const shown = image => image.decode().then(() => image.naturalWidth > 0, () => false);
+    const areShown = await Promise.all(images.map(shown));
+    return images.filter((_, i) => !areShown[i]).map(image => image.src);
+}"""
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -37,12 +45,13 @@ def context():
 def open_page(context):
     """Opens a page; errors of its scripts, and what it failed to load, are in the second."""
     page, complaints = context.new_page(), []
+    page.set_default_timeout(180_000)  # on a machine that has other things to do
     page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("requestfailed", lambda request: complaints.append(request.url))
 
-    def go(name, size=DESK):
-        page.set_viewport_size(size)
+    def go(name):
+        page.set_viewport_size(DESK)
         page.goto(f"{SITE.as_uri()}/{name}")
         return page, complaints
 
@@ -50,25 +59,16 @@ def open_page(context):
     page.close()
 
 
-def test_every_page_opens_without_a_complaint(open_page):
+def test_every_page_opens_without_a_complaint_and_fits_a_telephone(open_page):
+    """Hundreds of pages, each of which takes a good part of a second."""
     for name in PAGES:
         page, complaints = open_page(name)
-        hidden = "img => !(img.complete && img.naturalWidth > 0)"
         assert page.locator("article").count() == 1, name
-        page.evaluate("document.querySelectorAll('img').forEach(img => img.loading = 'eager')")
-        page.wait_for_load_state("networkidle")
-        missing = page.evaluate(
-            f"[...document.querySelectorAll('article img')].filter({hidden}).length"
-        )
-        assert not missing, name
-        assert not complaints, name
-
-
-def test_no_page_is_wider_than_a_telephone(open_page):
-    for name in PAGES:
-        page, _ = open_page(name, PHONE)
+        assert page.evaluate(MISSING) == [], name
+        page.set_viewport_size(PHONE)
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= PHONE["width"], f"{name} is {width} pixels wide."
+        assert not complaints, name
 
 
 def test_formulas_are_formulas(open_page):
@@ -81,6 +81,7 @@ def test_formulas_are_formulas(open_page):
         assert not any("\\" in part for part in shown), name
 
 
+@pytest.mark.skipif(not PAGES, reason="There is no site; make docs builds it.")
 def test_nothing_is_loaded_from_elsewhere():
     for name in PAGES:
         text = (SITE / name).read_text(encoding="utf-8")
@@ -95,7 +96,7 @@ def test_search_finds_names_and_words(open_page):
         "checkpoints": "checkpoints.html",
     }.items():
         page, complaints = open_page(f"search.html?q={words}")
-        page.wait_for_selector("#search-results li", timeout=20_000)
+        page.wait_for_selector("#search-results li")
         found = page.eval_on_selector_all("#search-results li a", "all => all.map(one => one.href)")
         assert any(wanted in link for link in found), words
         assert not complaints

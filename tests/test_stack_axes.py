@@ -147,23 +147,28 @@ def stacks(draw: Any) -> tuple[Any, Any, int]:
     rows = draw(st.lists(shapes, min_size=1, max_size=3))
     tree = {f"w{i}": (num_rows, *row) for i, row in enumerate(rows)}
     active = draw(st.lists(st.booleans(), min_size=num_rows, max_size=num_rows))
-    return jax.tree.map(jnp.asarray, normal(tree)), active, axis
+    return normal(tree), active, axis
 
 
 @settings(max_examples=20, deadline=None)
 @given(stacks(), st.booleans())
 def test_active_rows_step_and_inactive_ones_keep_every_bit(drawn, is_traced):
     front, active, axis = drawn
-    tree = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), front)
+    tree = jax.tree.map(lambda x: np.moveaxis(x, 0, axis), front)
     layers, first = (
         dm.layers_by_path(of, [dm.stacked("*", axis=to)]) for of, to in ((tree, axis), (front, 0))
     )
     assert f"is {len(active)} layers along axis {axis} of" in str(layers)
     assert layers.row_shapes(tree) == first.row_shapes(front)
-    tx, grads = dm.per_layer(optax.trace(0.9), layers), jax.tree.map(jnp.sin, tree)
-    state = tx.update(tree, tx.init(tree))[1]
-    mask = layers.subset(jnp.array(active) if is_traced else active)
-    updates, new = tx.update(grads, state, layer_mask=mask)
+    tx = dm.per_layer(optax.trace(0.9), layers)
+
+    @jax.jit
+    def two_steps(tree: Any, flags: Any) -> Any:
+        state = tx.update(tree, tx.init(tree))[1]
+        mask = layers.subset(flags if is_traced else active)
+        return tx.update(jax.tree.map(jnp.sin, tree), state, layer_mask=mask)
+
+    updates, new = two_steps(tree, np.array(active))
     for leaves in zip(*map(jax.tree.leaves, (tree, new, updates)), strict=True):
         rows = (np.moveaxis(np.asarray(leaf), axis, 0) for leaf in leaves)
         for x, momentum, update, is_active in zip(*rows, active, strict=True):
@@ -179,11 +184,12 @@ def test_a_depth_is_its_mask_for_leaves_of_any_number_of_axes(axis):
     front = make_params(3, 4, 5)
     layers, params = layers_along(axis, front), along(axis, front, front)
     tx = dm.drop_scion(0.1, layers, RADII)
-    for depth in (2, jnp.int32(2)):
-        of_depth, of_mask = (
-            tx.update(params, tx.init(params), params, **said)
-            for said in ({"depth": depth}, {"layer_mask": layers.mask(depth)})
-        )
+
+    def steps(depth: Any) -> Any:
+        said = {"depth": depth}, {"layer_mask": layers.mask(depth)}
+        return [tx.update(params, tx.init(params), params, **one) for one in said]
+
+    for of_depth, of_mask in (jax.jit(lambda: steps(2))(), jax.jit(steps)(2)):
         chex.assert_trees_all_equal(of_depth, of_mask)
 
 
@@ -206,9 +212,12 @@ def test_a_scan_along_any_axes_is_that_along_the_first(axis, is_traced):
 
         return jax.grad(loss)(tree)
 
+    @functools.partial(jax.jit, static_argnums=() if is_traced else 0)
+    def gradients(depth: Any) -> Any:
+        return gradient(tree, depth, (axis, 0)), gradient(front, depth, 0)
+
     for depth in (0, 2, 4):
-        depth = jnp.int32(depth) if is_traced else depth
-        result, expected = gradient(tree, depth, (axis, 0)), gradient(front, depth, 0)
+        result, expected = gradients(depth)
         moved = jax.tree.map(lambda x, to: jnp.moveaxis(x, 0, to), expected, axes)
         chex.assert_trees_all_close(result, moved, rtol=1e-5)
 
@@ -230,9 +239,13 @@ def test_masks_checks_shardings_plans_and_first_parameters_are_those_of_the_firs
     with pytest.raises(ValueError, match="momentum of 'blocks/"):
         dm.check_state(tx, params, dm.drop_scion(0.1, first, RADII).init(front))
 
-    init = functools.partial(dm.optimizers.scion_init, jax.random.key(0), radii=RADII)
-    drawn = init(params=params, layers=layers)
-    chex.assert_trees_all_close(drawn, along(axis, init(params=front, layers=first), front))
+    @jax.jit
+    def init() -> Any:
+        draw = functools.partial(dm.optimizers.scion_init, jax.random.key(0), radii=RADII)
+        drawn = draw(params=params, layers=layers)
+        return drawn, along(axis, draw(params=front, layers=first), front)
+
+    chex.assert_trees_all_close(*init())
 
     mesh = AbstractMesh((2, 2), ("x", "y"))
     specs = {3: PartitionSpec(None, "x", "y"), 2: PartitionSpec("y")}
@@ -272,7 +285,7 @@ def test_linen_scans_along_another_axis():
     scan = nn.scan(Block, {"params": 1}, split_rngs={"params": True}, length=3)
     model = scan()
     x = jnp.asarray(normal((5, 3)))
-    params = model.init(jax.random.key(0), x, None)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x, None)["params"]
     layers = dm.layers_by_path(params, [dm.stacked("*", axis=1)])
     assert layers.num_layers == 3
 
@@ -282,8 +295,9 @@ def test_linen_scans_along_another_axis():
         return jnp.sum(dm.scan_layers(f, x, params, depth=rows, axis=1)[0] ** 2)
 
     theirs = jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x, None)[0] ** 2))
-    expected = jax.tree.map(lambda grad: grad.at[:, :1].set(0), theirs(params))
-    grads = dm.masked_value_and_grad(ours)(params, 1, layer_mask=layers.mask(1))[1]
+    expected = jax.tree.map(lambda grad: grad.at[:, :1].set(0), jax.jit(theirs)(params))
+    of_depth = functools.partial(dm.masked_value_and_grad(ours), layer_mask=layers.mask(1))
+    grads = jax.jit(of_depth)(params, 1)[1]
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 

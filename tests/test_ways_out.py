@@ -64,13 +64,14 @@ def norm_of_equinox() -> Any:
     return eqx.nn.BatchNorm(3, "batch", mode="batch")
 
 
-def step(tx: Any, params: Any = PARAMS, state: Any = None, **extra: Any) -> Any:
+def after(tx: Any, params: Any = PARAMS, state: Any = None, **extra: Any) -> Any:
     tx = optax.with_extra_args_support(tx)
-    return tx.update(params, tx.init(params) if state is None else state, params, **extra)
+    return tx.update(params, tx.init(params) if state is None else state, params, **extra)[1]
 
 
-def after(tx: Any, params: Any = PARAMS, **extra: Any) -> Any:
-    return step(tx, params, **extra)[1]
+def step(*args: Any, **extra: Any) -> Any:
+    """The same as a program, which is not compiled: what leads out of a message has no values."""
+    return jax.eval_shape(lambda: after(*args, **extra))
 
 
 def loss(params: Any, *args: Any) -> Any:
@@ -94,7 +95,8 @@ def scanned_loss(params: Any, depth: Any) -> Any:
 
 
 def lmo(shape: Any, numbers: Any = None, path: str = "net/kernel") -> Any:
-    return step(dm.newton_schulz_lmo(dimension_numbers=numbers), {path: ONES(shape)})
+    tx = dm.newton_schulz_lmo(dimension_numbers=numbers)
+    return step(tx, {path: ONES(shape)})
 
 
 def train(
@@ -105,7 +107,7 @@ def train(
 
 
 def masked_step(layer_mask: Any = None, depth: int | None = None) -> Any:
-    return step(dm.momentum(), layer_mask=layers.mask(depth) if depth is not None else layer_mask)
+    return after(dm.momentum(), layer_mask=layers.mask(depth) if depth is not None else layer_mask)
 
 
 def inject(make: Any, static_args: Any = (), **options: Any) -> Any:
