@@ -81,7 +81,7 @@ def test_steps_are_those_of_one_program_and_equal_layers_share_theirs(optimizer,
         is_same = [x is y for x, y in zip(inputs, jax.tree.leaves(ours), strict=True)]
         assert is_same[: 2 * len(NAMES)] == [not on for on in jax.tree.leaves(LAYERS.mask(frozen))]
         *theirs, expected = steps[1](step, *theirs, batch(step))
-        chex.assert_trees_all_close((ours, loss), (theirs, expected), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close((ours, loss), (theirs, expected), rtol=1e-4, atol=2e-5)
     assert gc.isenabled()
 
 

@@ -258,7 +258,8 @@ def _keep_highest(
 
     # The highest pruned key, bit by bit: a tenth of the time of a sort on a CPU.
     def with_next_bit(i: Array, threshold: Array) -> Array:
-        higher = threshold | (jnp.ones((), keys.dtype) << (num_bits - 1 - i).astype(keys.dtype))
+        bit = jnp.asarray(num_bits - 1 - i, keys.dtype)
+        higher = threshold | (jnp.ones((), keys.dtype) << bit)
         count = jnp.sum(keys < higher, -1, keepdims=True, dtype=jnp.int32)
         return jnp.where(count < num_pruned, higher, threshold)
 
