@@ -64,9 +64,19 @@ OPTIMIZERS = {
     "a record of gains": (dm.record_gains(drop_muon(), TIME_AWARE), 8),
     "whose state frozen layers change": (optax.chain(optax.adamw(0.1), LINK), 5),
 }
+REFUSED = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11),
+    reason="the bias correction of optax.adamw stays one inner program of all leaves",
+    raises=ValueError,
+    strict=True,
+)
+CASES = [
+    pytest.param(*case, id=name, marks=[REFUSED] * name.startswith("whose"))
+    for name, case in OPTIMIZERS.items()
+]
 
 
-@pytest.mark.parametrize(("optimizer", "num_updates"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "num_updates"), CASES)
 def test_steps_are_those_of_one_program_and_equal_layers_share_theirs(optimizer, num_updates):
     steps = [dm.train_step(loss_fn, optimizer, DRAWS, update_by_layer=on) for on in (True, False)]
     ours, theirs = ((make_params(), optimizer.init(make_params())) for _ in steps)

@@ -93,8 +93,8 @@ def train_step(
             `depth`; in a step, if its number is no Python integer.
         ValueError: In a step, if `opt_state` does not fit optimizer and parameters, or gathers
             micro-batches that do not share a draw, as that of `optax.MultiSteps` may; with
-            `update_by_layer`, for an update that depends on other layers, as after a clip by a norm
-            of all gradients.
+            `update_by_layer`, for an update that depends on other layers, as after a clip by their
+            norm, or shares an inner `jax.jit` with them, as `optax.adamw` does since JAX 0.11.
 
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm

@@ -273,8 +273,7 @@ def _keep_highest(
 def _ordered_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """Integers in the order of the numbers, NaN above all."""
     num_bits = jnp.finfo(x.dtype).bits
-    # Without this -0 were below 0.
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), f"uint{num_bits}")
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), f"uint{num_bits}")  # no -0
     sign = jnp.ones((), bits.dtype) << (num_bits - 1)
     bits = jnp.where(jnp.isnan(x), ~sign, bits)
     return jnp.where(bits & sign, ~bits, bits | sign)
