@@ -174,7 +174,7 @@ def _strong(x: Any) -> Any:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Without Python's collector of cycles, a quarter of the time of tracing a large program."""
+    """Without Python's collector of cycles, which walks again and again through what is traced."""
     was_on = gc.isenabled()
     gc.disable()
     try:

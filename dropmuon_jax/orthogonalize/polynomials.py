@@ -97,7 +97,7 @@ def factors(polynomial: OddPolynomial) -> tuple[OddPolynomial, OddPolynomial | N
     """Polynomials in r of degree 2 at most, whose product is h(r) = a + br + cr² + dr³ + er⁴.
 
     With R² they need one more product of matrices, as any form of h does. Summed up term by term,
-    the large terms of p(x) = x h(x²) of degree 9 cancel, and rounding is magnified 20 times more.
+    terms of up to 621 would cancel to about 1 in the first step of "nonic", and magnify rounding.
     """
     polynomial = tuple(np.trim_zeros(polynomial, "b"))
     if len(polynomial) <= 3:
