@@ -20,7 +20,7 @@ def test_graphs_of_scalars_have_the_values_and_derivatives_that_were_published(
 ):
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, make_problem(graph, 0, 1, 1).params)
-        found, grads = jax.value_and_grad(graph_loss(graph, one_hot=False))(params, None, None)
+        found, grads = jax.value_and_grad(graph_loss(graph))(params, None, None)
     np.testing.assert_allclose([found, grads["a"], grads["b"]], [value, of_a, of_b], atol=5e-5)
 
 
