@@ -49,15 +49,13 @@ def _gpt(p: Params, x: jax.Array, y: jax.Array, *, layers: Layers) -> jax.Array:
     def dense(name: str, h: jax.Array) -> jax.Array:
         return layers.dense(h, p[name + "/kernel"], p[name + "/bias"])
 
-    batch, length = x.shape
     h = layers.rows(p["tokens"], x) + p["positions"]
-    h = h.reshape(-1, h.shape[-1])  # a row for each character
     for block in range(sum(name.endswith("up/bias") for name in p)):
         of = f"{block}/"
         qkv = layers.linear(norm(of + "norm_1", h), p[of + "attention/kernel"])
-        h = h + dense(of + "out", layers.attend(qkv, (batch, length, HEADS)))
+        h = h + dense(of + "out", layers.attend(qkv, HEADS))
         h = h + dense(of + "down", jax.nn.relu(dense(of + "up", norm(of + "norm_2", h))))
-    return layers.cross_entropy(dense("head", norm("norm", h)), y.ravel())
+    return layers.cross_entropy(dense("head", norm("norm", h)), y)
 
 
 def graph_loss(graph: GraphName, layers: Layers = PLAIN) -> Loss:

@@ -20,7 +20,7 @@ _EPSILON = 1e-5
 
 
 class Layers(NamedTuple):
-    """What the networks are made of. Rows are examples, or characters of examples."""
+    """What the networks are made of."""
 
     rows: Callable[[Array, Array], Array]
     """table[index]."""
@@ -30,10 +30,10 @@ class Layers(NamedTuple):
     """x @ kernel + bias."""
     norm: Callable[[Array, Array, Array], Array]
     """Layer normalization, with a scale and a bias."""
-    attend: Callable[[Array, tuple[int, int, int]], Array]
-    """Causal attention; from the rows of (q, k, v), and examples, characters and heads."""
+    attend: Callable[[Array, int], Array]
+    """Causal attention with so many heads, from (q, k, v) along the last axis."""
     cross_entropy: Callable[[Array, Array], Array]
-    """The mean over rows, of logits and labels."""
+    """The mean of all, from logits and labels."""
 
 
 # --- As people write them -------------------------------------------------------------------------
@@ -44,13 +44,13 @@ def _norm(x: Array, scale: Array, bias: Array) -> Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + _EPSILON) * scale + bias
 
 
-def _attend(qkv: Array, sizes: tuple[int, int, int]) -> Array:
-    batch, length, heads = sizes
-    q, k, v = (z.reshape(batch, length, heads, -1) for z in jnp.split(qkv, 3, -1))
+def _attend(qkv: Array, num_heads: int) -> Array:
+    batch, length = qkv.shape[:2]
+    q, k, v = (z.reshape(batch, length, num_heads, -1) for z in jnp.split(qkv, 3, -1))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
     mask = np.tril(np.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch * length, -1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, length, -1)
 
 
 def _cross_entropy(logits: Array, labels: Array) -> Array:
@@ -71,47 +71,53 @@ PLAIN = Layers(
 _computed = jax.lax.optimization_barrier
 
 
-def _of_linear(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    return g @ kernel.T, _computed(x.T) @ g
+def _on_rows(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function of a matrix and parameters, of arrays with more axes before the last."""
+
+    def on_rows(x: Array, *params: Array) -> Array:
+        result = function(x.reshape(-1, x.shape[-1]), *params)
+        return result.reshape(*x.shape[:-1], -1)
+
+    return on_rows
 
 
 @jax.custom_vjp
-def _fast_linear(x: Array, kernel: Array) -> Array:
+def _multiply(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
-_fast_linear.defvjp(
-    lambda x, kernel: (x @ kernel, (x, kernel)), lambda kept, g: _of_linear(kept, _computed(g))
-)
-
-
-@jax.custom_vjp
-def _fast_dense(x: Array, kernel: Array, bias: Array) -> Array:
-    return x @ kernel + bias
-
-
-def _of_dense(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+def _of_multiply(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
     g = _computed(g)
-    return *_of_linear(residuals, g), g.sum(0)
+    return g @ kernel.T, _computed(x.T) @ g
 
 
-_fast_dense.defvjp(lambda x, kernel, bias: (x @ kernel + bias, (x, kernel)), _of_dense)
+_multiply.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _of_multiply)
 
 
 @jax.custom_vjp
-def _fast_norm(x: Array, scale: Array, bias: Array) -> Array:
+def _add(x: Array, bias: Array) -> Array:
+    return x + bias
+
+
+_add.defvjp(lambda x, bias: (x + bias, None), lambda _, g: (g, _computed(g).sum(0)))
+
+
+@jax.custom_vjp
+def _normalize(x: Array, scale: Array, bias: Array) -> Array:
     return _norm(x, scale, bias)
 
 
-def _norm_and_residuals(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _normalize_and_residuals(
+    x: Array, scale: Array, bias: Array
+) -> tuple[Array, tuple[Array, ...]]:
     x = x - x.mean(-1, keepdims=True)
     rate = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + _EPSILON)
     unit = _computed(x * rate)
     return unit * scale + bias, (unit, rate, scale)
 
 
-def _of_norm(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+def _of_normalize(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
     unit, rate, scale = residuals
     g = _computed(g)
     of_unit = g * scale
@@ -120,41 +126,36 @@ def _of_norm(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Arra
     return of_x, (g * unit).sum(0), g.sum(0)
 
 
-_fast_norm.defvjp(_norm_and_residuals, _of_norm)
+_normalize.defvjp(_normalize_and_residuals, _of_normalize)
 
 
 @jax.custom_vjp
-def _fast_rows(table: Array, index: Array) -> Array:
+def _take(table: Array, index: Array) -> Array:
     return table[index]
 
 
-def _of_rows(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+def _of_take(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     index, numbers = residuals
     is_row = (numbers[:, None] == index.ravel()).astype(g.dtype)
     return is_row @ g.reshape(-1, g.shape[-1]), None
 
 
-_fast_rows.defvjp(
-    lambda table, index: (table[index], (index, jnp.arange(len(table)))),
-    _of_rows,
-)
+_take.defvjp(lambda table, index: (table[index], (index, jnp.arange(len(table)))), _of_take)
 
 
-def _attend_in_lanes(qkv: Array, sizes: tuple[int, int, int]) -> Array:
+def _attend_in_lanes(qkv: Array, num_heads: int) -> Array:
     """With examples and heads along the last axis, where a CPU has its lanes.
 
     Products of 8 × 4 matrices, one after another, would be most of the time.
     """
-    batch, length, heads = sizes
-    q, k, v = (
-        z.reshape(batch, length, heads, -1).transpose(1, 3, 0, 2).reshape(length, -1, batch * heads)
-        for z in jnp.split(qkv, 3, -1)
-    )
+    batch, length = qkv.shape[:2]
+    parts = (z.reshape(batch, length, num_heads, -1) for z in jnp.split(qkv, 3, -1))
+    q, k, v = (z.transpose(1, 3, 0, 2).reshape(length, -1, batch * num_heads) for z in parts)
     scores = (q[:, None] * k[None]).sum(2) / math.sqrt(q.shape[1])  # to, from, lanes
     mask = np.tril(np.ones((length, length), bool))[..., None]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=1)
-    mixed = (weights[:, :, None] * v[None]).sum(1).reshape(length, -1, batch, heads)
-    return mixed.transpose(2, 0, 3, 1).reshape(batch * length, -1)
+    mixed = (weights[:, :, None] * v[None]).sum(1).reshape(length, -1, batch, num_heads)
+    return mixed.transpose(2, 0, 3, 1).reshape(batch, length, -1)
 
 
 def _fast_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -163,10 +164,10 @@ def _fast_cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 FAST = Layers(
-    rows=_fast_rows,
-    linear=_fast_linear,
-    dense=_fast_dense,
-    norm=_fast_norm,
+    rows=_take,
+    linear=_on_rows(_multiply),
+    dense=_on_rows(lambda x, kernel, bias: _add(_multiply(x, kernel), bias)),
+    norm=_on_rows(_normalize),
     attend=_attend_in_lanes,
     cross_entropy=_fast_cross_entropy,
 )
