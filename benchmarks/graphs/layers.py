@@ -1,9 +1,9 @@
 """The layers of the networks: as people write them in JAX, and as a CPU runs them soonest.
 
-XLA's CPU backend (jaxlib 0.10) reads the transposed matrix of a weight gradient xᵀg in place, up
-to eight times as slowly as it copies and multiplies it; it takes the derivative of a gather as a
-loop over rows; and it repeats a chain of elementwise operations in each sum that needs it. The
-derivatives below copy the transposed matrix, count rows with a product, and end such chains.
+XLA's CPU backend (jaxlib 0.10) multiplies xᵀg, a weight gradient, more slowly than it copies xᵀ
+and multiplies the copy; it takes the derivative of a gather in a loop over rows; and it repeats a
+chain of elementwise operations in each sum that needs it. The derivatives below copy the transposed
+matrix, add up rows with a product, and end such chains.
 """
 
 import math
