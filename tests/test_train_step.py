@@ -68,9 +68,11 @@ RUNS = {
 
 @pytest.mark.parametrize(("sampler", "optimizer"), RUNS.values(), ids=RUNS)
 def test_it_is_the_parts_bit_for_bit(sampler, optimizer):
-    step_fn, parts = dm.train_step(loss_fn, optimizer, sampler), by_hand(optimizer)
+    loss_of_any_depth = lambda params, batch: loss_fn(params, batch)  # noqa: E731
+    step_fn, parts = dm.train_step(loss_of_any_depth, optimizer, sampler), by_hand(optimizer)
     ours, theirs = ((make_params(), optimizer.init(make_params())) for _ in range(2))
     num_compiled = len(COMPILED_STEPS)
+    step_fn.compile(*ours, batch=NETWORK.batch(0))  # of all layers first: others share its trace
     for step in range(20):
         before, batch = copy(ours[0]), NETWORK.batch(step)
         active = sampler.active(step, theirs[1])
@@ -238,6 +240,47 @@ def test_a_loss_of_unstacked_layers_gets_the_python_depth():
     step_fn = dm.train_step(loss, optimizer, UNIFORM)
     step_fn.trace_depth(2, params, optimizer.init(params), X)
     assert seen == [2]
+
+
+@pytest.mark.parametrize(("depths", "num_traces"), [((0, 2, 1, 0), 1), ((2, 1, 2, 0), 3)])
+def test_a_gradient_is_traced_where_none_of_more_layers_is(depths, num_traces):
+    optimizer, params, seen = make_optimizer(), make_params(), []
+    loss = lambda params, x: seen.append(1) or loss_fn(params, x)  # noqa: E731
+    step_fn, state = dm.train_step(loss, optimizer, UNIFORM), optimizer.init(params)
+    found = [step_fn.trace_depth(depth, params, state, X).lower() for depth in depths]
+    assert len(seen) == num_traces
+    for depth, lowered in zip(depths, found, strict=True):
+        alone = dm.train_step(loss_fn, optimizer, UNIFORM)
+        alone = alone.trace_depth(depth, params, state, X).lower()
+        flops = [of.compile().cost_analysis()["flops"] for of in (lowered, alone)]
+        assert flops[0] == flops[1]
+
+
+def test_effects_of_a_backward_pass_are_those_of_active_layers():
+    params, seen = make_params(), []
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def watched(kernel, name):
+        return kernel
+
+    def gradient(name, _, g):
+        jax.debug.callback(lambda: seen.append(name))
+        return (g,)
+
+    watched.defvjp(lambda kernel, name: (kernel, None), gradient)
+
+    def loss(params, x):
+        kernels = {name: watched(of["kernel"], name) for name, of in params.items()}
+        return loss_fn({name: of | {"kernel": kernels[name]} for name, of in params.items()}, x)
+
+    optimizer = make_optimizer()
+    step_fn, state = dm.train_step(loss, optimizer, UNIFORM), optimizer.init(params)
+    for depth in (0, 2):
+        step_fn.trace_depth(depth, params, state, X).lower()
+    step = next(step for step in range(30) if UNIFORM.depth(step) == 2)
+    jax.block_until_ready(step_fn(step, params, state, X))
+    jax.effects_barrier()
+    assert seen == ["head"]
 
 
 def test_a_plain_optimizer_moves_no_inactive_parameter():

@@ -1,255 +1,241 @@
-"""Programs of a step: updates of layers, which depths share, and how all are compiled at once."""
+"""Programs of steps: what they are given and return, what depths share, how all are compiled."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import gc
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from itertools import chain, compress
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import compress
+from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from dropmuon_jax.backprop.carried import without_collector
-from dropmuon_jax.layers.trees import leaf_paths
-from dropmuon_jax.orthogonalize.batches import joining_within
+from dropmuon_jax._checks import describe
 
-_SEVERAL = -1  # in place of a layer
-Program = tuple[Any, jax.stages.Lowered]  # a jitted function, and what it was lowered to
+_COMMITTED, _WEAK = operator.attrgetter("committed"), operator.attrgetter("weak_type")
 
 
-class Part(NamedTuple):
-    """What of an update depends on the gradient of one layer, or on numbers of several."""
+class ChangingOnly:
+    """A step whose program is given what it changes, to overwrite it, and returns only that.
 
-    program: Program
-    overwritten: list[int]
-    """Inputs, among the gradients, all that is carried on, scalars that layers share, and sums."""
-    read: list[int]
-    """Likewise."""
-    results: list[int]
-    """Among what is carried on."""
-    sums: list[int]
-    """Further results: numbers of the layer, among the inputs of a program of what is left."""
-
-
-class ByLayer:
-    """A step as that of `ChangingOnly`, whose update is in programs of single layers.
-
-    They are cut out of the update of all active layers: its arithmetic is theirs. Two layers that
-    are alike have one program, at all depths, since XLA would be given the same text.
+    What comes out as it went in, the parameters and the momentum of frozen layers, is handed on
+    without the executable: as a donated argument and a result it would cost a microsecond a leaf.
 
     Args:
-        gradient: A function of `(carried, others, static)` that returns gradients, what is last in
-            `carried` as the loss leaves it, and what else the step returns.
-        update: A function of `(gradients, carried, static)` that returns what else is in `carried`.
-        carried: Parameters, state and a rest, to trace with, as `others`.
-        others: What else a step is given.
+        step: A function of `(carried, others, static)` that returns a new `carried` and more.
+        carried: To trace it with; shapes do as well.
+        others: Likewise.
         static: What it is compiled for.
-        layer_of: The layer of each leaf of the parameters, by its path.
-        programs: Those that there are, by their texts; new ones are added.
         donate: Whether what changes is overwritten.
-
-    Raises:
-        ValueError: If a result depends on arrays of several layers, and not only on numbers.
+        shardings: Of each leaf of `carried`, or None; and of the second result.
     """
 
     def __init__(
         self,
-        gradient: Callable[..., tuple[Any, Any, Any]],
-        update: Callable[..., Any],
+        step: Callable[..., tuple[Any, Any]],
         carried: Any,
         others: Any,
         static: Any,
         *,
-        layer_of: Mapping[str, int],
-        programs: dict[str, Program],
         donate: bool,
+        shardings: tuple[Sequence[Any] | None, Any],
     ):
-        of_gradient: Any = jax.jit(gradient, static_argnums=2, inline=True)
-        gradients = of_gradient.trace(carried, others, static).out_info[0]
-        with joining_within(layer_of.get):
-            traced: Any = jax.jit(update, static_argnums=2).trace(gradients, carried[:-1], static)
-        leaves, tree = jax.tree.flatten(carried)
-        whole, paths = traced.jaxpr, leaf_paths(carried[:-1])
-        kept, shapes = leaves[: len(paths)], jax.tree.leaves(gradients)
-        self._num_grads = num_grads = len(shapes)
-        of_params = list(map(layer_of.get, leaf_paths(carried[0])))
-        of_inputs = of_params * (num_grads // max(1, len(of_params)) + 1)
-        layers = _layers_of_variables(whole.jaxpr, of_inputs)
-        results = _results_by_layer(whole.jaxpr, layers, len(paths))
-        self._common, several = results.pop(None, []), results.pop(_SEVERAL, [])
-        scalars = _common_scalars(whole.jaxpr, layers)
-        sums = _sums_of_layers(whole.jaxpr, layers, {i: paths[i] for i in several})
-        of_common, read_by_common = _cut(whole, self._common, more=scalars)
-        cuts = []
-        for layer, of in results.items():
-            own_sums = [i for i, x in enumerate(sums) if layers[x] == {layer}]
-            more = [sums[i] for i in own_sums]
-            cuts.append((of, own_sums, *_cut(whole, of, known=scalars, more=more)))
-        if several:
-            cuts.append((several, [], *_cut(whole, several, known=[*scalars, *sums])))
-        uses = Counter(chain(*(used for *_, used in cuts)))
-        self._grads = [i for i in range(num_grads) if uses[i]]
-        self._num_sums = len(sums)
+        whole: Any = jax.jit(step, static_argnums=2, inline=True)
+        program = whole.trace(carried, others, static).jaxpr.jaxpr
+        tree = jax.tree.structure(carried)
+        self._changes = tuple(
+            new is not old
+            for new, old in zip(program.outvars[: tree.num_leaves], program.invars, strict=False)
+        )
+        self._stays = tuple(not changes for changes in self._changes)
 
-        def step_gradient(leaves: list[Any], others: Any, static: Any) -> Any:
-            grads, rest, more = of_gradient(jax.tree.unflatten(tree, leaves), others, static)
-            grads = jax.tree.leaves(grads)
-            known = [*grads, *leaves]
-            found = of_common(*(known[i] for i in read_by_common))
-            return [grads[i] for i in self._grads], found, jax.tree.leaves(rest), more
+        def train_step(changing: list[Any], kept: list[Any], others: Any, static: Any) -> Any:
+            before = jax.tree.unflatten(tree, self._merge(changing, kept))
+            after, more = whole(before, others, static)  # as traced above: not traced again
+            return list(compress(jax.tree.leaves(after), self._changes)), more
 
-        self._gradient: Any = jax.jit(step_gradient, static_argnums=2)
-        numbers = [x.aval for x in (*scalars, *sums)]
-        placed = [_placed_like(x, leaves[0]) for x in (*shapes, *numbers)]
-        known = [*placed[:num_grads], *kept, *placed[num_grads:]]
-        first_sum = len(known) - len(sums)
-        self._parts = []
-        for of, own_sums, function, used in cuts:
-            changed = {num_grads + i for i in of}
-            own = [i for i in used if donate and i in changed and uses[i] == 1]
-            read = [i for i in used if i not in own]
-            program = _program(function, [used.index(i) for i in (*own, *read)])
-            lowered = program.trace([known[i] for i in own], [known[i] for i in read]).lower()
-            program = programs.setdefault(lowered.as_text(), (program, lowered))
-            self._parts.append(Part(program, own, read, of, [first_sum + i for i in own_sums]))
+        options: dict[str, Any] = {"donate_argnums": 0 if donate else ()}
+        of_leaves, of_more = shardings
+        if of_leaves is not None:
+            of_changing, of_kept = self._split(of_leaves)
+            options["in_shardings"] = of_changing, of_kept, None
+            options["out_shardings"] = of_changing, of_more
+        self._jitted: Any = jax.jit(train_step, static_argnums=3, **options)
 
     def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
-        """The leaves of the new `carried`, and what else the step returns."""
-        grads, found, rest, more = self._gradient(leaves, others, static)
-        kept, scalars = leaves[: len(leaves) - len(rest)], found[len(self._common) :]
-        known = [*[None] * self._num_grads, *kept, *scalars, *[None] * self._num_sums]
-        for i, grad in zip(self._grads, grads, strict=True):
-            known[i] = grad
-        new = [*kept, *rest]
-        for i, x in zip(self._common, found, strict=False):
-            new[i] = x
-        for (program, _), own, read, results, sums in self._parts:
-            changed = program([known[i] for i in own], [known[i] for i in read])
-            for i, x in zip(results, changed, strict=False):
-                new[i] = x
-            for i, x in zip(sums, changed[len(results) :], strict=True):
-                known[i] = x
-        return new, more
+        """The leaves of the new `carried`, and the step's second result."""
+        changing, kept = self._split(leaves)
+        changed, more = self._jitted(changing, kept, others, static)
+        return self._merge(changed, kept), more
+
+    def trace(self, leaves: Sequence[Any], others: Any, static: Any) -> jax.stages.Traced:
+        """The program, for arrays or for their shapes."""
+        return self._jitted.trace(*self._split(leaves), others, static)
 
     def lower(self, leaves: Sequence[Any], others: Any, static: Any) -> list[jax.stages.Lowered]:
-        """All programs, for arrays or for their shapes."""
-        gradient = self._gradient.trace(leaves, others, static).lower()
-        return [gradient, *(lowered for (_, lowered), *_ in self._parts)]
+        """What is to be compiled."""
+        return [self.trace(leaves, others, static).lower()]
+
+    def _split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return list(compress(leaves, self._changes)), list(compress(leaves, self._stays))
+
+    def _merge(self, changing: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+        of_each = iter(kept), iter(changing)
+        return [next(of_each[changes]) for changes in self._changes]
 
 
-def _layers_of_variables(
-    jaxpr: Jaxpr, of_inputs: Sequence[int | None]
-) -> dict[Any, frozenset[int]]:
-    """Of each variable the layers of gradients and parameters on which it depends."""
-    layers: dict[Any, frozenset[int]] = {x: frozenset() for x in (*jaxpr.constvars, *jaxpr.invars)}
-    for x, layer in zip(jaxpr.invars, of_inputs, strict=False):
-        layers[x] = frozenset() if layer is None else frozenset([layer])
-    for eqn in jaxpr.eqns:
-        of_eqn = frozenset().union(*(layers[x] for x in _variables(eqn.invars)))
-        layers.update(dict.fromkeys(eqn.outvars, of_eqn))
-    return layers
+class SharedGradient:
+    """The gradient of a step, traced for one draw and cut down to later ones.
 
+    Of a gradient with more active layers, that with fewer is what is left without the results of
+    the others and all that only these need, such as the backward pass below.
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [x for x in atoms if not isinstance(x, Literal)]
-
-
-def _is_scalar(variable: Any) -> bool:
-    return getattr(variable.aval, "shape", None) == ()
-
-
-def _results_by_layer(
-    jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]], num_carried: int
-) -> dict[int | None, list[int]]:
-    """The numbers of the results that change, by the layer on which they depend."""
-    found: dict[int | None, list[int]] = {}
-    before = jaxpr.invars[len(jaxpr.invars) - num_carried :]
-    for i, (old, new) in enumerate(zip(before, jaxpr.outvars, strict=True)):
-        if new is not old:
-            of = sorted(frozenset().union(*(layers[x] for x in _variables([new]))))
-            layer = of[0] if len(of) == 1 else _SEVERAL if of else None
-            found.setdefault(layer, []).append(i)
-    return found
-
-
-def _sums_of_layers(
-    jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]], paths: Mapping[int, str]
-) -> list[Any]:
-    """The numbers of single layers on which results of several depend, such as squares of norms."""
-    made_by = {x: eqn for eqn in jaxpr.eqns for x in eqn.outvars}
-    sums: dict[Any, None] = {}
-    for i, path in paths.items():
-        seen, to_see = set(), [jaxpr.outvars[i]]
-        while to_see:
-            x = to_see.pop()
-            if x in seen or not layers[x]:
-                continue
-            seen.add(x)
-            if x in made_by and _is_scalar(x) and len(layers[x]) == 1:
-                sums[x] = None
-            elif x in made_by:
-                to_see += _variables(made_by[x].invars)
-            elif not _is_scalar(x):
-                of = ", ".join(map(str, sorted(layers[jaxpr.outvars[i]])))
-                raise ValueError(
-                    f"With update_by_layer each layer is updated alone, and the new '{path}' of "
-                    f"this optimizer depends on layers {of}. One that looks at several layers at "
-                    "once, or accumulates, needs update_by_layer=False."
-                )
-    return list(sums)
-
-
-def _common_scalars(jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]]) -> list[Any]:
-    """What layers are given beside their own: a learning rate, a number of each leaf in a vector.
-
-    With them as inputs layers are alike that would read entries of their own. Other arrays without
-    a layer are computed by each, such as an identity matrix.
+    Args:
+        gradient: A function of `(carried, others, static)`, where `static` begins with the active
+            layers. It returns a tuple of gradients like the parameters, each zero at inactive
+            leaves, and more that does not depend on which are active.
+        mask: A function from active layers to a tree of booleans like the parameters.
     """
-    from_inputs, made = {x for x in jaxpr.invars if not layers[x]}, []
-    used_by_layers: set[Any] = set()
-    for eqn in jaxpr.eqns:
-        if any(layers[x] for x in eqn.outvars):
-            used_by_layers.update(_variables(eqn.invars))
-        elif from_inputs.intersection(_variables(eqn.invars)):
-            from_inputs.update(eqn.outvars)
-            made += [x for x in eqn.outvars if len(eqn.outvars) == 1 and _is_scalar(x)]
-    return [x for x in made if x in used_by_layers]
+
+    def __init__(self, gradient: Callable[..., Any], mask: Callable[[Any], Any]):
+        self._gradient, self._mask = gradient, mask
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, carried: Any, others: Any, static: Any) -> Any:
+        """What `gradient` returns, of arguments that are being traced."""
+        active, *rest = static
+        of_more = (
+            program
+            for (known, *of), program in self._programs.items()
+            if of == rest and all(map(operator.le, active, known))
+        )
+        program = self._programs.get(static) or next(of_more, None)
+        if program is None:
+            program = jax.jit(partial(self._gradient, static=static), inline=True)
+            self._programs[static] = program
+        if static in self._programs:
+            return program(carried, others)
+        traced = program.trace(carried, others)
+        (grads, *_), jaxpr = traced.out_info, traced.jaxpr
+        # Printing a gradient is not cut away; and a second gradient, where only active layers are
+        # at their previous parameters, is no part of another one.
+        if jaxpr.effects or len(grads) > 1:
+            return self._gradient(carried, others, static)
+        results, tree = jax.tree.flatten(traced.out_info)
+        of_grads = jax.tree.leaves(self._mask(active))
+        is_kept = [*of_grads, *[True] * (len(results) - len(of_grads))]
+        cut, is_used = dce_jaxpr(jaxpr.jaxpr, is_kept)
+        inputs = compress(jax.tree.leaves((carried, others)), is_used)
+        kept = iter(jaxpr_as_fun(ClosedJaxpr(cut, jaxpr.consts))(*inputs))
+        params = jax.tree.leaves(carried[0])
+        return tree.unflatten(
+            next(kept) if keep else jnp.zeros_like(params[i]) for i, keep in enumerate(is_kept)
+        )
 
 
-def _cut(
-    program: ClosedJaxpr, results: Sequence[int], *, known: Sequence[Any] = (), more: Any = ()
-) -> tuple[Callable[..., list[Any]], list[int]]:
-    """The part of a program that computes some results and `more`, and the numbers of its inputs.
+def check_out_shardings(shardings: Any) -> None:
+    """Error unless they are None or a pair, or three."""
+    if shardings is None or (isinstance(shardings, tuple) and len(shardings) in (2, 3)):
+        return
+    raise TypeError(
+        "out_shardings must be a pair, for the parameters and the optimizer state: "
+        "(shardings, dm.state_shardings(optimizer, params)); a third one is for the loss. Got "
+        f"{describe(shardings)}."
+    )
 
-    Variables that are `known` are further inputs.
+
+def shardings_of(carried: Sequence[Any], shardings: Any) -> tuple[list[Any] | None, Any]:
+    """Of each leaf that is carried on, and of the loss, from `out_shardings`."""
+    if shardings is None:
+        return None, None
+    of_loss = shardings[2] if len(shardings) == 3 else None
+    of_leaves: list[Any] = []
+    for of_part, part in zip((*shardings[:2], None), carried, strict=True):
+        if of_part is None:
+            of_leaves += [None] * len(jax.tree.leaves(part))
+        else:
+            of_leaves += jax.tree.leaves(jax.tree.broadcast(of_part, part))
+    return of_leaves, of_loss
+
+
+def as_returned(leaves: list[Any], tree: Any, others: Any, shardings: Any) -> list[Any]:
+    """The leaves of what steps carry on, in the types and places in which they return it.
+
+    So the first step is compiled for all: arrays are strongly typed, and lie where `shardings` say
+    or on the device on which another argument has been put. No array is there twice, as tied and
+    cloned ones are, since it cannot be donated twice.
     """
-    jaxpr, given = program.jaxpr, set(known)
-    rest = [eqn for eqn in jaxpr.eqns if given.isdisjoint(eqn.outvars)]
-    outputs = [*(jaxpr.outvars[i] for i in results), *more]
-    jaxpr = jaxpr.replace(invars=[*jaxpr.invars, *known], eqns=rest, outvars=outputs)
-    jaxpr, is_used = dce_jaxpr(jaxpr, [True] * len(outputs))
-    used = list(compress(range(len(is_used)), is_used))
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts)), used
+    if _is_as_returned(leaves, others, shardings):
+        return leaves
+    if any(getattr(x, "weak_type", False) for x in leaves):
+        leaves = list(map(_strong, leaves))
+    if len({*map(id, leaves)}) < len(leaves):
+        leaves = list(map(_once(set()), leaves))
+    if all(map(_is_put, leaves)):
+        return leaves
+    if shardings is not None:
+        *parts, rest = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves((*map(_put, parts, shardings), rest))
+    put = list(filter(_is_put, [*leaves, *jax.tree.leaves(others)]))
+    devices = set().union(*(x.sharding.device_set for x in put))
+    if len(devices) != 1:  # with arrays on several, JAX says what does not fit
+        return leaves
+    return _put(leaves, jax.device_put(np.int32(0), *devices).sharding)
 
 
-def _program(function: Callable[..., list[Any]], order: Sequence[int]) -> Any:
-    """A function of inputs in this order as a program that overwrites the first of them."""
+def _is_as_returned(leaves: Sequence[Any], others: Any, shardings: Any) -> bool:
+    """Whether there is nothing to do: asked in every step, and so by loops that run in C."""
+    try:
+        is_put, is_weak = set(map(_COMMITTED, leaves)), any(map(_WEAK, leaves))
+    except AttributeError:  # of what is no array yet
+        return False
+    if is_weak or len({*map(id, leaves)}) < len(leaves):
+        return False
+    if is_put == {False}:  # so is what comes back, if nothing at all has been put somewhere
+        return shardings is None and not any(map(_is_put, jax.tree.leaves(others)))
+    return is_put == {True}
 
-    def update_layer(overwritten: list[Any], read: list[Any]) -> list[Any]:
-        given = dict(zip(order, [*overwritten, *read], strict=True))
-        return function(*(given[i] for i in range(len(given))))
 
-    return jax.jit(update_layer, donate_argnums=0)
+def _once(seen: set[int]) -> Callable[[Any], Any]:
+    """A function of arrays one by one, which copies those that it has seen."""
+
+    def copy_if_seen(x: Any) -> Any:
+        if id(x) in seen and isinstance(x, jax.Array):
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return copy_if_seen
 
 
-def _placed_like(shape: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a gradient, which lies where a leaf has been put."""
-    sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", False) else None
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+def _is_put(x: Any) -> bool:
+    return getattr(x, "committed", False)
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    """The arrays of a tree in other places, if shardings are given, for all or for each."""
+
+    def put(x: Any, sharding: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    if shardings is None:
+        return tree
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
+
+
+def _strong(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(weak_type=False)
+    return jnp.asarray(x, x.dtype)
 
 
 def compile_all(
@@ -296,3 +282,15 @@ def all_stored() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, seconds)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Without Python's collector of cycles, which walks again and again through what is traced."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -14,19 +14,22 @@ import optax
 
 from dropmuon_jax._checks import check_transformation, describe, static_int
 from dropmuon_jax._counterparts import names_counterparts
-from dropmuon_jax.backprop.carried import (
-    ChangingOnly,
-    as_returned,
-    shardings_of,
-    without_collector,
-)
+from dropmuon_jax.backprop.by_layer import ByLayer
 from dropmuon_jax.backprop.gradients import (
     loss_of_params,
     masked_gradient,
     masked_update,
     takes_depth,
 )
-from dropmuon_jax.backprop.programs import ByLayer, compile_all
+from dropmuon_jax.backprop.programs import (
+    ChangingOnly,
+    SharedGradient,
+    as_returned,
+    check_out_shardings,
+    compile_all,
+    shardings_of,
+    without_collector,
+)
 from dropmuon_jax.backprop.traced_depth import check_sampler
 from dropmuon_jax.layers.trees import leaf_paths
 from dropmuon_jax.sampling.adaptive import AdaptiveDistribution
@@ -140,14 +143,7 @@ class TrainStep:
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
         self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
-        if shardings is not None and not (
-            isinstance(shardings, tuple) and len(shardings) in (2, 3)
-        ):
-            raise TypeError(
-                "out_shardings must be a pair, for the parameters and the optimizer state: "
-                "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
-                f"loss. Got {describe(shardings)}."
-            )
+        check_out_shardings(shardings)
         if by_layer and (self._is_stacked or shardings is not None):
             raise ValueError(
                 "update_by_layer=True is for layers that are not stacked, whose programs differ, "
@@ -155,6 +151,9 @@ class TrainStep:
             )
         self._donate, self._by_layer = donate, by_layer
         self._programs, self._of_layers = {}, {}
+        self._gradient: Any = self._gradient_of_draw
+        if not self._takes_depth:  # else the loss may be another one at each depth
+            self._gradient = SharedGradient(self._gradient_of_draw, sampler.layers.subset)
 
     def __call__(
         self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
@@ -272,7 +271,7 @@ class TrainStep:
         params, state = masked_update(self._optimizer)(*carried[:2], layer_mask, gradients)
         return (params, state, rest), more
 
-    def _gradient(self, carried: Any, others: Any, static: Any) -> tuple[Any, Any, Any]:
+    def _gradient_of_draw(self, carried: Any, others: Any, static: Any) -> tuple[Any, Any, Any]:
         """The gradients, what a module has beside its parameters, and the loss."""
         (params, state, rest), (args, kwargs, draw), (active, graphdef) = carried, others, static
         check_accumulation(state, self.sampler)
