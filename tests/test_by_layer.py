@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import dropmuon_jax as dm
+from dropmuon_jax.backprop.by_layer import _identity
 
 NAMES = ("stem", "one", "two", "three", "head")  # of which "one" to "three" are alike
 SIZES = dict(zip(NAMES, [(6, 8), (8, 8), (8, 8), (8, 8), (8, 2)], strict=True))
@@ -93,6 +94,40 @@ def test_steps_are_those_of_one_program_and_equal_layers_share_theirs(optimizer,
         *theirs, expected = steps[1](step, *theirs, batch(step))
         chex.assert_trees_all_close((ours, loss), (theirs, expected), rtol=1e-4, atol=2e-5)
     assert gc.isenabled()
+
+
+def scaled_by(array):
+    return lambda x, y: x * array + y
+
+
+PROGRAMS = {
+    "x - y": lambda x, y: x - y,
+    "y - x": lambda x, y: y - x,
+    "x * 0": lambda x, y: x * 0.0 + y,
+    "x * -0": lambda x, y: x * -0.0 + y,
+    "a constant": scaled_by(np.ones(3, np.float32)),
+    "another one": scaled_by(np.arange(3, dtype=np.float32)),
+    "a dtype": lambda x, y: x.astype(jnp.float16).astype(x.dtype) + y,
+    "an inner program": lambda x, y: jax.jit(lambda x: x * 2)(x) + y,
+    "another program": lambda x, y: jax.jit(lambda x: x * 3)(x) + y,
+    "a branch": lambda x, y: jax.lax.cond(y[0] > 0, jnp.sin, jnp.cos, x),
+    "other branches": lambda x, y: jax.lax.cond(y[0] > 0, jnp.cos, jnp.sin, x),
+}
+
+
+def test_programs_are_equal_that_compute_the_same():
+    x = jnp.ones(3)
+    once, again = (
+        [_identity(traced.jaxpr, traced.consts) for traced in programs]
+        for programs in (
+            [jax.make_jaxpr(lambda *args, f=f: f(*args))(x, x) for f in PROGRAMS.values()]
+            for _ in range(2)
+        )
+    )
+    assert once == again
+    assert len(set(once)) == len(PROGRAMS)
+    wider = jax.make_jaxpr(PROGRAMS["x - y"])(jnp.ones(4), jnp.ones(4))
+    assert _identity(wider.jaxpr) != once[0]
 
 
 def test_changed_leaves_are_overwritten_or_kept():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -46,7 +47,7 @@ class ByLayer:
         others: What else a step is given.
         static: What it is compiled for.
         layer_of: The layer of each leaf of the parameters, by its path.
-        programs: Those that there are, by their texts; new ones are added.
+        programs: Those that there are, by what they compute and by their texts; new ones are added.
         donate: Whether what changes is overwritten.
 
     Raises:
@@ -62,7 +63,7 @@ class ByLayer:
         static: Any,
         *,
         layer_of: Mapping[str, int],
-        programs: dict[str, Program],
+        programs: dict[Hashable, Program],
         donate: bool,
     ):
         of_gradient: Any = jax.jit(gradient, static_argnums=2, inline=True)
@@ -96,7 +97,7 @@ class ByLayer:
             grads, rest, more = of_gradient(jax.tree.unflatten(tree, leaves), others, static)
             grads = jax.tree.leaves(grads)
             known = [*grads, *leaves]
-            found = of_common(*(known[i] for i in read_by_common))
+            found = jaxpr_as_fun(of_common)(*(known[i] for i in read_by_common))
             return [grads[i] for i in self._grads], found, jax.tree.leaves(rest), more
 
         self._gradient: Any = jax.jit(step_gradient, static_argnums=2)
@@ -105,14 +106,18 @@ class ByLayer:
         known = [*placed[:num_grads], *kept, *placed[num_grads:]]
         first_sum = len(known) - len(sums)
         self._parts = []
-        for of, own_sums, function, used in cuts:
+        for of, own_sums, cut, used in cuts:
             changed = {num_grads + i for i in of}
             own = [i for i in used if donate and i in changed and uses[i] == 1]
             read = [i for i in used if i not in own]
-            program = _program(function, [used.index(i) for i in (*own, *read)])
-            lowered = program.trace([known[i] for i in own], [known[i] for i in read]).lower()
-            program = programs.setdefault(lowered.as_text(), (program, lowered))
-            self._parts.append(Part(program, own, read, of, [first_sum + i for i in own_sums]))
+            order = [used.index(i) for i in (*own, *read)]
+            key = len(own), tuple(order), _identity(cut.jaxpr, cut.consts)
+            if key not in programs:
+                program = _program(jaxpr_as_fun(cut), order)
+                lowered = program.trace([known[i] for i in own], [known[i] for i in read]).lower()
+                programs[key] = programs.setdefault(lowered.as_text(), (program, lowered))
+            sums_of_layer = [first_sum + i for i in own_sums]
+            self._parts.append(Part(programs[key], own, read, of, sums_of_layer))
 
     def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
         """The leaves of the new `carried`, and what else the step returns."""
@@ -219,7 +224,7 @@ def _common_scalars(jaxpr: Jaxpr, layers: Mapping[Any, frozenset[int]]) -> list[
 
 def _cut(
     program: ClosedJaxpr, results: Sequence[int], *, known: Sequence[Any] = (), more: Any = ()
-) -> tuple[Callable[..., list[Any]], list[int]]:
+) -> tuple[ClosedJaxpr, list[int]]:
     """The part of a program that computes some results and `more`, and the numbers of its inputs.
 
     Variables that are `known` are further inputs.
@@ -230,7 +235,46 @@ def _cut(
     jaxpr = jaxpr.replace(invars=[*jaxpr.invars, *known], eqns=rest, outvars=outputs)
     jaxpr, is_used = dce_jaxpr(jaxpr, [True] * len(outputs))
     used = list(compress(range(len(is_used)), is_used))
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts)), used
+    return ClosedJaxpr(jaxpr, program.consts), used
+
+
+def _identity(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> Hashable:
+    """What programs have in common that compute the same, as far as JAX can compare it.
+
+    To lower a program takes longer than this, and nearly all have been seen at another depth.
+    """
+    number = {x: i for i, x in enumerate(chain(jaxpr.constvars, jaxpr.invars))}
+
+    def identity(x: Any) -> Hashable:
+        match x:
+            case ClosedJaxpr():
+                return _identity(x.jaxpr, x.consts)
+            case Jaxpr():
+                return _identity(x)
+            case Literal():
+                return identity(x.val), x.aval
+            case jax.Array() | np.ndarray() | np.generic():
+                return x.dtype, x.shape, np.asarray(x).tobytes()
+            case tuple() | list():
+                return type(x), tuple(map(identity, x))
+            case float() | complex():  # as 0.0 == -0.0
+                return repr(x)
+        try:
+            hash(x)
+        except TypeError:
+            return object()  # which nothing else is equal to
+        return type(x), x
+
+    def atoms(variables: Sequence[Any]) -> Hashable:
+        return tuple(identity(x) if isinstance(x, Literal) else number[x] for x in variables)
+
+    steps = []
+    for eqn in jaxpr.eqns:
+        params = tuple((name, identity(of)) for name, of in sorted(eqn.params.items()))
+        steps.append((eqn.primitive, atoms(eqn.invars), params, identity(eqn.ctx)))
+        number |= {x: len(number) + i for i, x in enumerate(eqn.outvars)}
+    of_inputs = tuple(x.aval for x in chain(jaxpr.constvars, jaxpr.invars))
+    return of_inputs, identity(consts), tuple(steps), atoms(jaxpr.outvars)
 
 
 def _program(function: Callable[..., list[Any]], order: Sequence[int]) -> Any:
