@@ -259,12 +259,19 @@ class Sows(Net):
         return super().__call__(x)
 
 
-def step_of(loss=loss_fn, step=0, state=None, sampler=UNIFORM, kwargs=None, **options):
+def step_of(loss=loss_fn, step=0, state=None, sampler=UNIFORM, kwargs=None, params=None, **options):
     """A step that something is wrong with."""
-    optimizer, params = make_optimizer(), make_params()
-    state = optimizer.init(params) if state is None else state
+    optimizer = make_optimizer()
+    state = optimizer.init(make_params()) if state is None else state
+    params = make_params() if params is None else params
     step_fn = dm.train_step(loss, optimizer, sampler, **options)
     return step_fn(step, params, state, X, **(kwargs or {}))
+
+
+def steps_of_the_same_arrays():
+    params = make_params()
+    for _ in range(2):
+        step_of(params=params)
 
 
 def step_of_module(module_type, state=None):
@@ -291,11 +298,19 @@ ERRORS = {
         lambda: step_of(state=jax.tree.map(jnp.atleast_3d, make_optimizer().init(make_params())))
     ),
     r"nnx.state\(module, nnx.Param\)": lambda: step_of_module(Net, optax.EmptyState()),
+    "not inside jax.jit": lambda: jax.jit(lambda params: step_of(params=params))(make_params()),
+    "not inside jax.jit, jax.lax.scan": (
+        lambda: jax.lax.scan(lambda _, step: step_of(step=step), None, jnp.arange(2))
+    ),
+    "params must be .* leaf 'act' is a function": (
+        lambda: step_of(params=make_params() | {"act": jnp.tanh.__wrapped__})
+    ),
+    r"(?s)deleted.*keep copies, jax.tree.map\(jnp.copy, params\)": steps_of_the_same_arrays,
     "loss_fn has added variables": lambda: step_of_module(Sows),
 }
 
 
 @pytest.mark.parametrize("words", ERRORS)
 def test_errors_name_the_argument_and_the_way_out(words):
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
         ERRORS[words]()

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from dropmuon_jax._checks import describe
 
 _COMMITTED, _WEAK = attrgetter("committed"), attrgetter("weak_type")
 
@@ -85,6 +88,51 @@ class ChangingOnly:
         return [next(of_each[changes]) for changes in self._changes]
 
 
+_ON_THE_HOST = (
+    "A step of dm.train_step draws its depth on the host and is compiled already: call it in a "
+    "loop of Python, not inside jax.jit, jax.lax.scan or jax.vmap. A loop on the device takes a "
+    "step of the parts, dm.switch_depth(step, sampler), with sampler.sample(count) for its depth."
+)
+
+
+_OVERWRITTEN = (
+    "A step of dm.train_step overwrites the parameters and the state that it is given, as far as "
+    "it changes them: give the next one what it has returned, keep copies, "
+    "jax.tree.map(jnp.copy, params), or take dm.train_step(…, donate=False)."
+)
+
+
+def run(program: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """What a program returns; or its error, with a note where an argument is overwritten."""
+    try:
+        return program(*inputs)
+    except (RuntimeError, ValueError) as error:
+        if "deleted" in str(error):
+            error.add_note(_OVERWRITTEN)
+        raise
+
+
+def check_step(step: Any) -> None:
+    """Error for what is no number of a step, or is traced."""
+    if isinstance(step, Tracer):
+        raise TypeError(_ON_THE_HOST)
+    if not hasattr(step, "__index__"):
+        raise TypeError(
+            f"step must be the number of the step, a Python integer, got {describe(step)}: "
+            "step_fn(step, params, opt_state, *args)."
+        )
+
+
+def check_shardings(shardings: Any) -> None:
+    """Error for `out_shardings` that are no pair, or three."""
+    if shardings is not None and not (isinstance(shardings, tuple) and len(shardings) in (2, 3)):
+        raise TypeError(
+            "out_shardings must be a pair, for the parameters and the optimizer state: "
+            "(shardings, dm.state_shardings(optimizer, params)); a third one is for the "
+            f"loss. Got {describe(shardings)}."
+        )
+
+
 def shardings_of(carried: Sequence[Any], shardings: Any) -> tuple[list[Any] | None, Any]:
     """Of each leaf that is carried on, and of the loss, from `out_shardings`."""
     if shardings is None:
@@ -130,6 +178,8 @@ def _is_as_returned(leaves: Sequence[Any], others: Any, shardings: Any) -> bool:
         is_put, is_weak = set(map(_COMMITTED, leaves)), any(map(_WEAK, leaves))
     except AttributeError:  # of what is no array yet
         return False
+    except jax.errors.ConcretizationTypeError:  # traced arrays lie nowhere
+        raise TypeError(_ON_THE_HOST) from None
     if is_weak or len({*map(id, leaves)}) < len(leaves):
         return False
     if is_put == {False}:  # so is what comes back, if nothing at all has been put somewhere
@@ -169,7 +219,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 def _strong(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(weak_type=False)
-    return jnp.asarray(x, x.dtype)
+    return jnp.asarray(x, x.dtype) if hasattr(x, "dtype") else x
 
 
 @contextlib.contextmanager
