@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -230,6 +231,33 @@ def test_an_nnx_module_is_trained_in_place_as_its_state_is():
     abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     state = jax.eval_shape(optimizer.init, nnx.state(abstract, nnx.Param))
     assert "dot_general" in str(step_fn.trace_depth(1, abstract, state, X).jaxpr)
+
+
+def test_a_module_is_stopped_and_resumed_with_its_statistics_and_dropout(tmp_path):
+    """As docs/checkpoints.md has it."""
+
+    def fresh():
+        module, sampler, optimizer = make_module()
+        state = optimizer.init(nnx.state(module, nnx.Param))
+        step_fn = dm.train_step(module_loss, optimizer, sampler)
+        return module, {"model": nnx.state(module), "opt_state": state}, step_fn
+
+    def train(steps, saved=None):
+        module, run, step_fn = fresh()
+        if saved is not None:
+            with ocp.StandardCheckpointer() as checkpointer:
+                run = checkpointer.restore(saved, run)
+            nnx.update(module, run["model"])
+        state = run["opt_state"]
+        for step in steps:
+            module, state, _ = step_fn(step, module, state, X)
+        return {"model": nnx.state(module), "opt_state": state}
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", train(range(3)))
+        checkpointer.wait_until_finished()
+    whole, resumed = train(range(6)), train(range(3, 6), tmp_path / "run")
+    chex.assert_trees_all_equal(resumed, whole)
 
 
 def test_a_loss_of_unstacked_layers_gets_the_python_depth():
