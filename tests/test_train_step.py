@@ -334,6 +334,17 @@ ERRORS = {
         lambda: step_of(params=make_params() | {"act": jnp.tanh.__wrapped__})
     ),
     r"(?s)deleted.*keep copies, jax.tree.map\(jnp.copy, params\)": steps_of_the_same_arrays,
+    r"(?s)train.*bound to its loss: dm.train_step\(functools.partial": (
+        lambda: step_of(
+            lambda p, x, train: loss_fn(p, x) * (3 if train else 1), kwargs={"train": True}
+        )
+    ),
+    "(?s)mode.*bound to its loss": (
+        lambda: step_of(lambda p, x, mode: loss_fn(p, x), kwargs={"mode": "train"})
+    ),
+    "The number of a step is for a step alone": (
+        lambda: dm.check_depths(dm.train_step(loss_fn, make_optimizer(), UNIFORM), LAYERS, 0, X, X)
+    ),
     "loss_fn has added variables": lambda: step_of_module(Sows),
 }
 

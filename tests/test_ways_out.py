@@ -5,6 +5,7 @@ raises it and, behind →, what the message says to do, as a user would write it
 """
 
 import ast
+import functools  # noqa: F401 (in the table)
 import inspect
 import re
 import warnings
@@ -111,6 +112,10 @@ def again(keep: Any = lambda params: params, **options: Any) -> None:
     run, params = dm.train_step(loss, sgd, sampler, **options), jax.tree.map(jnp.copy, PARAMS)
     for make in (keep, lambda params: params):
         run(0, make(params), sgd.init(params))
+
+
+def flagged(params: Any, train: bool) -> Any:
+    return loss(params) if train else jnp.zeros(())
 
 
 def masked_step(layer_mask: Any = None, depth: int | None = None) -> Any:

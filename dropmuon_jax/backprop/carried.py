@@ -232,3 +232,17 @@ def without_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def naming_what_is_static() -> Iterator[None]:
+    """With a note at JAX's errors of an argument of the loss, whose cause is that it is traced."""
+    try:
+        yield
+    except TypeError as error:
+        if "others[" in str(error):  # as JAX names it, by the arguments of a step
+            error.add_note(
+                "What is static is no argument of a step, but bound to its loss: "
+                "dm.train_step(functools.partial(loss_fn, train=True), …)."
+            )
+        raise

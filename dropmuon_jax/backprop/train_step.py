@@ -19,6 +19,7 @@ from dropmuon_jax.backprop.carried import (
     as_returned,
     check_shardings,
     check_step,
+    naming_what_is_static,
     run,
     shardings_of,
     without_collector,
@@ -250,7 +251,7 @@ class TrainStep:
         if key not in self._programs:
             check_parameters(params)
             carried = jax.tree.unflatten(tree, leaves)
-            with without_collector():
+            with without_collector(), naming_what_is_static():
                 make = self._make_by_layer if by_layer else self._make_whole
                 self._programs[key] = make(carried, others, static)
         return self._programs[key], tree, (leaves, others, static)
@@ -290,8 +291,7 @@ class TrainStep:
 
     def _mask(self, draw: Any, active: Any) -> tuple[Any, Any]:
         """The mask of an index of `subsets`, or of static active layers; and the shallowest one."""
-        layers = self.sampler.layers
-        last = layers.num_layers - 1
+        layers, last = self.sampler.layers, self.sampler.layers.num_layers - 1
         if active is not None:
             return layers.subset(active), active.index(True) if any(active) else last
         if self.sampler.draws_depths:
