@@ -342,6 +342,9 @@ ERRORS = {
     "(?s)mode.*bound to its loss": (
         lambda: step_of(lambda p, x, mode: loss_fn(p, x), kwargs={"mode": "train"})
     ),
+    "loss_fn has an argument `depth`, 4 by default": (
+        lambda: step_of(functools.partial(lambda params, x, depth: 0.0, depth=4))
+    ),
     "The number of a step is for a step alone": (
         lambda: dm.check_depths(dm.train_step(loss_fn, make_optimizer(), UNIFORM), LAYERS, 0, X, X)
     ),
