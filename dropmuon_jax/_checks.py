@@ -203,7 +203,9 @@ def check_parameters(tree: Any, argument: str = "params") -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             continue
-        if callable(leaf) or is_equinox:
+        if not path and isinstance(leaf, int):
+            cure = "The number of a step is for a step alone: what looks at one takes the rest"
+        elif callable(leaf) or is_equinox:
             cure = (
                 "Of an Equinox model give the arrays alone: eqx.filter(model, eqx.is_inexact_array)"
             )

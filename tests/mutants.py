@@ -271,6 +271,8 @@ MUTANTS = (
         ("test_two_lines.py::test_a_scan_of_the_model_itself_over_a_stack_is_seen",)),
     Mutant("layers in the wrong order are not seen", "planning/meetings.py",
         "if before[i] >> j & 1", "if before[j] >> i & 1", ("test_two_lines.py",)),
+    Mutant("rows of a stack seem to be in the wrong order", "planning/meetings.py",
+        "if stack_of.get(i, i) != stack_of.get(j, j)", "if i != j", ("test_two_lines.py",)),
     Mutant("the hinge weighs samples below the line", "planning/fitting.py",
         "1 + hinge, 1)", "1, 1 + hinge)", ("test_smoothness.py",)),
     Mutant("a leaf that slept has a sample", "planning/tracking.py",

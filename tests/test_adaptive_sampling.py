@@ -544,11 +544,15 @@ def test_a_state_that_cannot_be_drawn_by_is_refused(call, match):
             r"dm\.accumulate: gather gradients in the step itself",
         ),
         (lambda: dm.time_aware_depth([1.0, -1.0]), "must be positive"),
+        (
+            lambda: dm.time_aware_depth(dm.planning.DepthReport(("a",), *[np.ones(1)] * 2, ())),
+            "give its .flops",
+        ),
         (lambda: dm.time_aware_depth([1.0], floor=2.0), r"floor must lie in \[0, 1\]"),
         (lambda: make_sampler(steps_per_draw=3), "must divide the distribution's"),
         (
             lambda: dm.DepthSampler(LAYERS, dm.time_aware_depth([1.0, 0.5]), seed=0),
-            "costs are 2, and there are 3 layers",
+            "costs of 2 depths, and there are 3 layers",
         ),
     ],
 )

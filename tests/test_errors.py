@@ -281,6 +281,10 @@ for name, take, schedule in (
 ):
     message = f"{name} is dm.schedules.{schedule.__name__} itself: call it"
     bad_type(message, take, **{name: schedule})
+# One rate is for all: several would be rates along the axes of the leaves that they fit.
+for name in ("learning_rate", "auxiliary_learning_rate", "weight_decay"):
+    tx = dm.muon(**{"learning_rate": 0.1, name: lambda count: jnp.ones(5) / (count + 1)})
+    bad_value(f"{name}, a schedule, must be one number, got an array of shape (5,)", updated, tx)
 for take in (dm.momentum, dm.mvr_momentum, mars_momentum, dm.transforms.keep_prev_params):
     bad_type("dtype must be of a floating-point dtype, got int32", take, dtype=jnp.int32)
 bad_type("prev_params_dtype … got int8", dm.mvr_momentum, prev_params_dtype=jnp.int8)
@@ -310,6 +314,8 @@ bad_type("got a MultiSteps … (steps.init, steps.update)", dm.train_step, loss_
 # Layers by path and by trace.
 bad_value("'mit' matches no leaf … 'mid'? … stem/kernel", by_path, "stem", "mit", "head")
 bad_value("'mid/krnel' … Did you mean 'mid/kernel'?", by_path, "stem", "mid/krnel", "head")
+bad_value("Did you mean 'mid/kernel'?", by_path, "stem", "mid.kernel", "head")
+bad_value("Did you mean 'mid/kernel'?", by_path, "stem", "['mid']['kernel']", "head")
 bad_value("No pattern … add a pattern … mid/bias … mid/kernel", by_path, "stem", "head")
 bad_value("'head/bias' matches both 'head' and '*/bias' … Write more", by_path, *NAMES, "*/bias")
 bad_value("patterns is empty; give one pattern for each layer", by_path)

@@ -13,13 +13,13 @@ PACKAGE = Path(dm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_the_core_has_at_most_65_modules_and_contrib_10_of_30_to_300_lines():
+def test_the_core_has_at_most_66_modules_and_contrib_10_of_30_to_300_lines():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     too_long = {path.name: n for path, n in lines.items() if n > 300}
     too_short = {path.name: n for path, n in lines.items() if n < 30 and path.stem != "__init__"}
     modules = [path for path in FILES if path.stem != "__init__"]
     in_contrib = sum(PACKAGE / "contrib" in path.parents for path in modules)
-    assert len(modules) - in_contrib <= 65
+    assert len(modules) - in_contrib <= 66
     assert in_contrib <= 10
     assert not too_long
     assert not too_short

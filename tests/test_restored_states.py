@@ -78,7 +78,7 @@ HOW = {"a hole": "is None, a hole", "of another shape": r"is \(.* in place of \(
 HOW["of another kind"] = "in place of (integer|floating|bool)"
 
 
-FIELDS = ("count", "weight_of_zero", "gains", "step", "started", "prob", "drawn_by")
+FIELDS = ("count", "weight_of_zero", "gains", "step", "started", "prob", "drawn_by", "settings")
 
 
 @settings(deadline=None, max_examples=60)

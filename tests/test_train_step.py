@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -234,6 +235,33 @@ def test_an_nnx_module_is_trained_in_place_as_its_state_is():
     assert "dot_general" in str(step_fn.trace_depth(1, abstract, state, X).jaxpr)
 
 
+def test_a_module_is_stopped_and_resumed_with_its_statistics_and_dropout(tmp_path):
+    """As docs/checkpoints.md has it."""
+
+    def fresh():
+        module, sampler, optimizer = make_module()
+        state = optimizer.init(nnx.state(module, nnx.Param))
+        step_fn = dm.train_step(module_loss, optimizer, sampler)
+        return module, {"model": nnx.state(module), "opt_state": state}, step_fn
+
+    def train(steps, saved=None):
+        module, run, step_fn = fresh()
+        if saved is not None:
+            with ocp.StandardCheckpointer() as checkpointer:
+                run = checkpointer.restore(saved, run)
+            nnx.update(module, run["model"])
+        state = run["opt_state"]
+        for step in steps:
+            module, state, _ = step_fn(step, module, state, X)
+        return {"model": nnx.state(module), "opt_state": state}
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", train(range(3)))
+        checkpointer.wait_until_finished()
+    whole, resumed = train(range(6)), train(range(3, 6), tmp_path / "run")
+    chex.assert_trees_all_equal(resumed, whole)
+
+
 def test_a_loss_of_unstacked_layers_gets_the_python_depth():
     optimizer, params, seen = make_optimizer(), make_params(), []
     loss = lambda params, x, *, depth: seen.append(depth) or loss_fn(params, x)  # noqa: E731
@@ -302,12 +330,19 @@ class Sows(Net):
         return super().__call__(x)
 
 
-def step_of(loss=loss_fn, step=0, state=None, sampler=UNIFORM, kwargs=None, **options):
+def step_of(loss=loss_fn, step=0, state=None, sampler=UNIFORM, kwargs=None, params=None, **options):
     """A step that something is wrong with."""
-    optimizer, params = make_optimizer(), make_params()
-    state = optimizer.init(params) if state is None else state
+    optimizer = make_optimizer()
+    state = optimizer.init(make_params()) if state is None else state
+    params = make_params() if params is None else params
     step_fn = dm.train_step(loss, optimizer, sampler, **options)
     return step_fn(step, params, state, X, **(kwargs or {}))
+
+
+def steps_of_the_same_arrays():
+    params = make_params()
+    for _ in range(2):
+        step_of(params=params)
 
 
 def step_of_module(module_type, state=None):
@@ -334,11 +369,33 @@ ERRORS = {
         lambda: step_of(state=jax.tree.map(jnp.atleast_3d, make_optimizer().init(make_params())))
     ),
     r"nnx.state\(module, nnx.Param\)": lambda: step_of_module(Net, optax.EmptyState()),
+    "not inside jax.jit": lambda: jax.jit(lambda params: step_of(params=params))(make_params()),
+    "not inside jax.jit, jax.lax.scan": (
+        lambda: jax.lax.scan(lambda _, step: step_of(step=step), None, jnp.arange(2))
+    ),
+    "params must be .* leaf 'act' is a function": (
+        lambda: step_of(params=make_params() | {"act": jnp.tanh.__wrapped__})
+    ),
+    r"(?s)deleted.*keep copies, jax.tree.map\(jnp.copy, params\)": steps_of_the_same_arrays,
+    r"(?s)train.*bound to its loss: dm.train_step\(functools.partial": (
+        lambda: step_of(
+            lambda p, x, train: loss_fn(p, x) * (3 if train else 1), kwargs={"train": True}
+        )
+    ),
+    "(?s)mode.*bound to its loss": (
+        lambda: step_of(lambda p, x, mode: loss_fn(p, x), kwargs={"mode": "train"})
+    ),
+    "loss_fn has an argument `depth`, 4 by default": (
+        lambda: step_of(functools.partial(lambda params, x, depth: 0.0, depth=4))
+    ),
+    "The number of a step is for a step alone": (
+        lambda: dm.check_depths(dm.train_step(loss_fn, make_optimizer(), UNIFORM), LAYERS, 0, X, X)
+    ),
     "loss_fn has added variables": lambda: step_of_module(Sows),
 }
 
 
 @pytest.mark.parametrize("words", ERRORS)
 def test_errors_name_the_argument_and_the_way_out(words):
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
         ERRORS[words]()

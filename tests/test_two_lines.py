@@ -157,6 +157,34 @@ def test_a_step_that_wastes_depths_is_seen(words):
         assert dm.check_depths(step, layers, params, state, X).wasted == ()
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("of", ["a tree", "a module"])
+def test_train_step_has_its_layers_in_order_or_it_is_seen(of, is_right, recwarn):
+    """By the paths of its parameters, whatever stands beside them, as a module's dropout does."""
+    module, images = Net(nnx.Rngs(0)), jax.random.normal(KEYS[6], (8, 8, 8, 3))
+    model, params, patterns, loss_fn = {
+        "a tree": (PARAMS, PARAMS, NAMES, lambda params: mlp(params, X)),
+        "a module": (
+            module,
+            nnx.state(module, nnx.Param),
+            [("conv", "norm"), "head"],
+            lambda model: jnp.mean(model(images) ** 2),
+        ),
+    }[of]
+    layers, optimizer, state, sampler = setup(params, patterns if is_right else patterns[::-1])
+    dm.check_depths(dm.train_step(loss_fn, optimizer, sampler), layers, model, state)
+    said = [str(warning.message) for warning in recwarn]
+    assert not said if is_right else "Give the patterns from the input to the output" in said[0]
+    assert len(said) < 2  # no other cause is given for what comes from the order
+
+
+def test_depths_of_other_layers_than_the_step_draws_are_refused():
+    _, optimizer, state, sampler = setup()
+    step = dm.train_step(mlp, optimizer, sampler)
+    with pytest.raises(ValueError, match="among 3 layers, stem, mid, head"):
+        dm.check_depths(step, sampler.layers.group(2), PARAMS, state, X)
+
+
 STACK = {"blocks": jax.random.normal(KEYS[1], (4, 16, 16)) / 4, "head": jnp.ones((16, 2))}
 
 
@@ -166,7 +194,7 @@ def test_a_scan_of_the_model_itself_over_a_stack_is_seen(is_own_scan, recwarn):
 
     def loss_fn(params, depth):
         def block(x, kernel):
-            return x + jnp.tanh(x @ kernel), None
+            return x + jnp.tanh((x * kernel[0]) @ kernel), None  # by a scale first, as a norm has
 
         if is_own_scan:
             x, _ = jax.lax.scan(block, X, params["blocks"])
@@ -176,8 +204,26 @@ def test_a_scan_of_the_model_itself_over_a_stack_is_seen(is_own_scan, recwarn):
 
     step = dm.train_step(loss_fn, optimizer, sampler)
     if is_own_scan:
-        with pytest.warns(dm.planning.DepthWarning, match="a scan of its own"):
+        with pytest.warns(dm.planning.DepthWarning, match="a scan of its own") as said:
             dm.check_depths(step, layers, STACK, state)
+        assert len(said) == 1  # and not that rows are in the wrong order
     else:
         assert dm.check_depths(step, layers, STACK, state).wasted == ()
         assert not recwarn
+
+
+def test_a_head_that_is_tied_to_an_embedding_before_the_stack_is_seen_in_another_layer():
+    """There scan_layers would leave its gradient without what the lookup adds."""
+    params = {"embed": jnp.ones((9, 16)), "blocks": STACK["blocks"]}
+    patterns = [dm.stacked("blocks"), "embed"]
+    layers, optimizer, state, sampler = setup(params, patterns)
+
+    def loss_fn(params, tokens, depth, layers=layers):
+        block = lambda x, kernel: (x + jnp.tanh(x @ kernel), None)  # noqa: E731
+        x, rows = params["embed"][tokens], layers.stack_depth(depth)
+        x, _ = dm.scan_layers(block, x, params["blocks"], depth=rows)
+        return jnp.mean((x @ params["embed"].T) ** 2)
+
+    step, tokens = dm.train_step(loss_fn, optimizer, sampler), jnp.arange(8) % 9
+    with pytest.warns(dm.planning.DepthWarning, match="that of 'embed' without a part"):
+        dm.check_depths(step, layers, params, state, tokens)

@@ -5,6 +5,7 @@ raises it and, behind →, what the message says to do, as a user would write it
 """
 
 import ast
+import functools  # noqa: F401 (in the table)
 import inspect
 import re
 import warnings
@@ -104,6 +105,17 @@ def train(
 ) -> Any:
     run = dm.train_step(f, tx, sampler, donate=False)
     return run(at, of, tx.init(of) if state is None else state)
+
+
+def again(keep: Any = lambda params: params, **options: Any) -> None:
+    """Two steps from the same parameters, of which the first is given what `keep` makes of them."""
+    run, params = dm.train_step(loss, sgd, sampler, **options), jax.tree.map(jnp.copy, PARAMS)
+    for make in (keep, lambda params: params):
+        run(0, make(params), sgd.init(params))
+
+
+def flagged(params: Any, train: bool) -> Any:
+    return loss(params) if train else jnp.zeros(())
 
 
 def masked_step(layer_mask: Any = None, depth: int | None = None) -> Any:
@@ -253,6 +265,7 @@ def test_the_way_out_of_a_message_leads_out(words, bad, goods):
             eval(bad, globals())
         except (TypeError, ValueError) as error:
             told = [error]
+    told += [note for of in told for note in getattr(of, "__notes__", [])]
     assert re.search(f"(?s){parts_of(words)}", "\n".join(map(str, told)))
     for good in goods:
         eval(good, globals())

@@ -265,7 +265,10 @@ def loss_of_params(
 
 
 def takes_depth(loss_fn: Callable[..., Any], is_stacked: bool) -> bool:
-    """Whether a loss is given the depth; an error unless one of stacked layers takes it."""
+    """Whether a loss is given the depth; an error unless one of stacked layers takes it.
+
+    An error too for an argument of that name that means something else.
+    """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {describe(loss_fn)}.")
     parameters = inspect.signature(loss_fn).parameters
@@ -275,5 +278,11 @@ def takes_depth(loss_fn: Callable[..., Any], is_stacked: bool) -> bool:
             "Layers are stacked, so loss_fn must take the keyword argument `depth`, among all "
             "layers, and run the stack by dm.scan_layers(…, depth=layers.stack_depth(depth)). It "
             f"takes {', '.join(parameters)}."
+        )
+    own = parameters["depth"].default if "depth" in parameters else 0
+    if isinstance(own, int) and own:  # the number of blocks, say, also if it is bound by a partial
+        raise TypeError(
+            f"loss_fn has an argument `depth`, {own} by default, for which it would be given the "
+            "depth that is drawn. If it means something else, call it otherwise."
         )
     return "depth" in parameters or is_stacked

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from dropmuon_jax._checks import describe
+from dropmuon_jax.backprop.calls import refuse_traced
 
 _COMMITTED, _WEAK = operator.attrgetter("committed"), operator.attrgetter("weak_type")
 
@@ -102,14 +102,19 @@ class SharedGradient:
             layers. It returns a tuple of gradients like the parameters, each zero at inactive
             leaves, and more that does not depend on which are active.
         mask: A function from active layers to a tree of booleans like the parameters.
+        takes_depth: Whether the loss is given the depth, and so may be another one at each.
     """
 
-    def __init__(self, gradient: Callable[..., Any], mask: Callable[[Any], Any]):
-        self._gradient, self._mask = gradient, mask
+    def __init__(
+        self, gradient: Callable[..., Any], mask: Callable[[Any], Any], *, takes_depth: bool
+    ):
+        self._gradient, self._mask, self._takes_depth = gradient, mask, takes_depth
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, carried: Any, others: Any, static: Any) -> Any:
         """What `gradient` returns, of arguments that are being traced."""
+        if self._takes_depth:
+            return self._gradient(carried, others, static)
         active, *rest = static
         of_more = (
             program
@@ -138,17 +143,6 @@ class SharedGradient:
         return tree.unflatten(
             next(kept) if keep else jnp.zeros_like(params[i]) for i, keep in enumerate(is_kept)
         )
-
-
-def check_out_shardings(shardings: Any) -> None:
-    """Error unless they are None or a pair, or three."""
-    if shardings is None or (isinstance(shardings, tuple) and len(shardings) in (2, 3)):
-        return
-    raise TypeError(
-        "out_shardings must be a pair, for the parameters and the optimizer state: "
-        "(shardings, dm.state_shardings(optimizer, params)); a third one is for the loss. Got "
-        f"{describe(shardings)}."
-    )
 
 
 def shardings_of(carried: Sequence[Any], shardings: Any) -> tuple[list[Any] | None, Any]:
@@ -196,6 +190,8 @@ def _is_as_returned(leaves: Sequence[Any], others: Any, shardings: Any) -> bool:
         is_put, is_weak = set(map(_COMMITTED, leaves)), any(map(_WEAK, leaves))
     except AttributeError:  # of what is no array yet
         return False
+    except jax.errors.ConcretizationTypeError:  # traced arrays lie nowhere
+        refuse_traced()
     if is_weak or len({*map(id, leaves)}) < len(leaves):
         return False
     if is_put == {False}:  # so is what comes back, if nothing at all has been put somewhere
@@ -235,7 +231,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 def _strong(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(weak_type=False)
-    return jnp.asarray(x, x.dtype)
+    return jnp.asarray(x, x.dtype) if hasattr(x, "dtype") else x
 
 
 def compile_all(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dropmuon_jax._checks import check_transformation, describe, static_int
+from dropmuon_jax._checks import check_parameters, check_transformation, static_int
 from dropmuon_jax._counterparts import names_counterparts
 from dropmuon_jax.backprop.by_layer import ByLayer
+from dropmuon_jax.backprop.calls import check_shardings, check_step, naming_what_is_static, run
 from dropmuon_jax.backprop.gradients import (
     loss_of_params,
     masked_gradient,
@@ -25,7 +26,6 @@ from dropmuon_jax.backprop.programs import (
     ChangingOnly,
     SharedGradient,
     as_returned,
-    check_out_shardings,
     compile_all,
     shardings_of,
     without_collector,
@@ -134,8 +134,8 @@ class TrainStep:
     ):
         check_transformation("optimizer", optimizer)
         check_sampler(sampler)
-        self.sampler = sampler
-        self._loss_fn, self._has_aux, self._shardings = loss_fn, has_aux, shardings
+        self.sampler, self._loss_fn, self._shardings = sampler, loss_fn, shardings
+        self._has_aux, self._donate, self._by_layer = has_aux, donate, by_layer
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._is_stacked = bool(sampler.layers.stacks)
         self._takes_depth = takes_depth(loss_fn, self._is_stacked)
@@ -143,27 +143,21 @@ class TrainStep:
         is_adaptive = isinstance(sampler.distribution, AdaptiveDistribution)
         self._draws = PlanReader(sampler) if is_adaptive else sampler
         self._index = {tuple(row): np.int32(i) for i, row in enumerate(sampler.subsets.tolist())}
-        check_out_shardings(shardings)
+        check_shardings(shardings)
         if by_layer and (self._is_stacked or shardings is not None):
             raise ValueError(
                 "update_by_layer=True is for layers that are not stacked, whose programs differ, "
                 "on one device, without out_shardings."
             )
-        self._donate, self._by_layer = donate, by_layer
         self._programs, self._of_layers = {}, {}
-        self._gradient: Any = self._gradient_of_draw
-        if not self._takes_depth:  # else the loss may be another one at each depth
-            self._gradient = SharedGradient(self._gradient_of_draw, sampler.layers.subset)
+        of_draw, mask = self._gradient_of_draw, sampler.layers.subset
+        self._gradient = SharedGradient(of_draw, mask, takes_depth=self._takes_depth)
 
     def __call__(
         self, step: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, optax.OptState, Any]:
         """Takes a step, whose number is counted from 0 in Python."""
-        if not hasattr(step, "__index__"):
-            raise TypeError(
-                f"step must be the number of the step, a Python integer, got {describe(step)}: "
-                "step_fn(step, params, opt_state, *args)."
-            )
+        check_step(step)
         if step != self._next_step:  # the first one, or a jump, as of an epoch that starts from 0
             check_call(opt_state, step)
             if jax.process_count() > 1 and self._next_step is None:
@@ -172,7 +166,7 @@ class TrainStep:
         active = self._draws.active(step, opt_state)
         draw, active = (self._index[active], None) if self._is_stacked else (None, active)
         program, tree, inputs = self._program(active, params, opt_state, args, kwargs, draw)
-        leaves, loss = program(*inputs)
+        leaves, loss = run(program, inputs)
         new_params, new_state, rest = jax.tree.unflatten(tree, leaves)
         if inputs[-1][1] is None:
             return new_params, new_state, loss
@@ -196,9 +190,8 @@ class TrainStep:
         `total` depths, of which `max_workers` are compiled at a time, `progress(done, total)` is
         called. With JAX's persistent cache a later start finds all there, quick ones as well.
         """
-        draws: list[Any] = [(None, np.int32(0))]
-        if not self._is_stacked:
-            draws = [(active, None) for active in possible_draws(self.sampler)]
+        draws: list[Any] = [(active, None) for active in possible_draws(self.sampler)]
+        draws = [(None, np.int32(0))] if self._is_stacked else draws
         if self._draws is self.sampler:
             self.sampler.active(0)  # which compiles small programs of its own
         inputs = params, opt_state, args, kwargs
@@ -212,12 +205,20 @@ class TrainStep:
         self, depth: int, params: Any, opt_state: optax.OptState, /, *args: Any, **kwargs: Any
     ) -> jax.stages.Traced:
         """The program of a step at one depth, which is static where layers are stacked too."""
+        program, _, inputs = self._program_at(depth, params, opt_state, args, kwargs)
+        return program.trace(*inputs)
+
+    def trace_named(self, params: Any, opt_state: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A step of all layers, as a program whose inputs have the paths that they came with."""
+        _, tree, (leaves, *more) = self._program_at(0, params, opt_state, args, kwargs)
+        whole: Any = jax.jit(self._train_step, static_argnums=2)
+        return whole.trace(jax.tree.unflatten(tree, leaves), *more)
+
+    def _program_at(self, depth: int, *inputs: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
         layers = self.sampler.layers
         layers.mask(static_int("depth", depth, minimum=0))  # an error if there is no such depth
         active = tuple(layer >= depth for layer in range(layers.num_layers))
-        inputs = params, opt_state, args, kwargs
-        program, _, arguments = self._program(active, *inputs, None, by_layer=False)
-        return program.trace(*arguments)
+        return self._program(active, *inputs, draw=None, by_layer=False)
 
     def _lower(self, *step: Any) -> list[jax.stages.Lowered]:
         program, _, inputs = self._program(*step)
@@ -248,8 +249,9 @@ class TrainStep:
         shapes = [(np.shape(x), getattr(x, "dtype", None)) for x in leaves] if by_layer else ()
         key = tree, jax.tree.structure(others), static, tuple(shapes)
         if key not in self._programs:
+            check_parameters(params)
             carried = jax.tree.unflatten(tree, leaves)
-            with without_collector():
+            with without_collector(), naming_what_is_static():
                 make = self._make_by_layer if by_layer else self._make_whole
                 self._programs[key] = make(carried, others, static)
         return self._programs[key], tree, (leaves, others, static)
@@ -289,8 +291,7 @@ class TrainStep:
 
     def _mask(self, draw: Any, active: Any) -> tuple[Any, Any]:
         """The mask of an index of `subsets`, or of static active layers; and the shallowest one."""
-        layers = self.sampler.layers
-        last = layers.num_layers - 1
+        layers, last = self.sampler.layers, self.sampler.layers.num_layers - 1
         if active is not None:
             return layers.subset(active), active.index(True) if any(active) else last
         if self.sampler.draws_depths:

@@ -281,7 +281,15 @@ def match_leaves(
 
 
 def nearest_run(pattern: str, paths: Sequence[str]) -> str:
-    """A suggestion for a misspelt pattern, out of all runs of as many components."""
+    """A suggestion for a misspelt pattern, out of all runs of as many components.
+
+    >>> nearest_run("blocks[0].attn", ["blocks/0/attn/kernel"])
+    " Did you mean 'blocks/0/attn'?"
+    """
+    # As in Python: attributes and items.
+    slashed = re.sub(r"[\[\]'\".]+", "/", pattern).strip("/")
+    if slashed != pattern and slashed and any(map(compile_pattern(slashed).search, paths)):
+        return did_you_mean(slashed, [slashed])
     width = len(pattern.strip("/").split("/"))
     runs = set()
     for path in paths:

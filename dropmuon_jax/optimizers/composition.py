@@ -13,6 +13,7 @@ import optax
 
 from dropmuon_jax._checks import (
     check_nonnegative,
+    check_number,
     check_parameters,
     check_transformation,
     describe,
@@ -154,13 +155,24 @@ def with_prev_params(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_rate(name: str, rate: optax.ScalarOrSchedule) -> None:
-    """Error for a learning rate that is negative or no number; a schedule passes."""
+def checked_rate(name: str, rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """The rate; an error if it is negative or no number, or once a schedule gives no number.
+
+    An array of several numbers would be rates along the last axis of the leaves that it fits.
+    """
     for factory in (gluon_radius, mvr_radius, star_convex_rate):
         if rate is factory:
             raise TypeError(f"{name} is dm.schedules.{factory.__name__} itself: call it.")
     if not callable(rate):
         check_nonnegative(name, rate)
+        return rate
+
+    def schedule(count: Any) -> Any:
+        value = rate(count)
+        check_number(f"{name}, a schedule,", value)
+        return value
+
+    return schedule
 
 
 def role_subtrees(
@@ -177,7 +189,7 @@ def role_subtrees(
 
     With `layers`, the transformation takes masks.
     """
-    check_rate("learning_rate", learning_rate)
+    learning_rate = checked_rate("learning_rate", learning_rate)
     check_dimension_numbers(dimension_numbers)
     norm_of_role = check_role_norms(norms)
     check_role_radii(radii, norm_of_role)

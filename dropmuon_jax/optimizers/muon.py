@@ -23,7 +23,7 @@ from dropmuon_jax.norms.named import spectral_norm
 from dropmuon_jax.optimizers.composition import (
     active_layers,
     as_momentum,
-    check_rate,
+    checked_rate,
     every_layer,
     row_by_row,
     rows_of,
@@ -211,10 +211,10 @@ def _muon_chain(
     momentum = as_momentum(momentum, layers)
     orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
     auxiliary = optax.scale_by_adam() if auxiliary is None else auxiliary
-    check_rate("learning_rate", learning_rate)
+    learning_rate = checked_rate("learning_rate", learning_rate)
     if auxiliary_learning_rate is not None:
-        check_rate("auxiliary_learning_rate", auxiliary_learning_rate)
-    check_rate("weight_decay", weight_decay)
+        auxiliary_learning_rate = checked_rate("auxiliary_learning_rate", auxiliary_learning_rate)
+    weight_decay = checked_rate("weight_decay", weight_decay)
     check_transformation("auxiliary", auxiliary)
     roles = as_roles(roles)
 

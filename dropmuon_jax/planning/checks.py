@@ -64,8 +64,9 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
     something reads the gradients of inactive layers (a global norm before the mask, gradients that
     leave the jit), or if a model runs stacked layers by a scan of its own; hardly, if the layer
     left out has no matrix products, such as an embedding alone. And it goes through inactive layers
-    if they are given from the output to the input. A scan over a stack that takes another number of
-    turns than the stack has layers is told too: they lie along another axis.
+    if they are given from the output to the input, which a warning tells of a layer that meets what
+    comes from one given behind it. A scan over a stack that takes another number of turns than the
+    stack has layers is told too: they lie along another axis.
 
     Args:
         step: A jitted training step with a static argument `depth`, which is given by keyword; or a
@@ -80,6 +81,7 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
 
     Raises:
         TypeError: If `step` is not jitted, or has no argument `depth` or not as a static one.
+        ValueError: If `step` is a :class:`TrainStep` with a sampler of other layers.
 
     Warns:
         DepthWarning: For depths that save nothing, with their layers, causes and ways out; for
@@ -104,6 +106,12 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
         Every depth saves.
     """
     check_layers(layers)
+    if hasattr(step, "sampler") and step.sampler.layers != layers:
+        raise ValueError(
+            f"step draws depths among {step.sampler.layers.num_layers} layers, "
+            f"{', '.join(step.sampler.layers.names)}, which are not the given ones: give "
+            "step.sampler.layers."
+        )
     depths = range(layers.num_layers)
     traced = [trace_step(step, depth, args, kwargs) for depth in depths]
     programs = [of_depth.jaxpr.jaxpr for of_depth in traced]
@@ -111,7 +119,8 @@ def check_depths(step: Any, layers: Layers, /, *args: Any, **kwargs: Any) -> Dep
     flops, backward = np.array([_flops(program) for program in used]).T
     backward = backward if backward[0] else flops  # for derivatives of another make
     saved = -np.diff(backward)
-    found = find_meetings(traced[0], (args, kwargs), layers)
+    named = step.trace_named(*args, **kwargs) if hasattr(step, "trace_named") else traced[0]
+    found = find_meetings(named, (args, kwargs), layers)
     enough = [_NOTHING if layer in found.multiplied else 1.0 for layer in depths]
     share = backward[0] / len(depths)
     wasted = tuple(s for s in depths[1:] if saved[s - 1] <= enough[s - 1] * share)
@@ -179,12 +188,16 @@ def _messages(layers: Layers, wasted: Sequence[int], found: Meetings) -> Iterato
         )
     if found.disordered:
         i, j = found.disordered[0]
+        cut = f", or, cut short in a stack, leaves that of {names[j]!r} without a part"
         yield (
             f"Layer {names[i]!r} (depth {i}) comes behind {names[j]!r} (depth {j}) in the network. "
             f"So the backward pass of depth {i + 1} still goes through it, and saves no more than "
-            "the gradient of its parameters. Give the patterns from the input to the output, or "
-            "take dm.trace_layers(loss_fn, params, batch)."
+            f"the gradient of its parameters{cut * bool(layers.stacks)}. Give the patterns from "
+            "the input to the output, with a tied head where the embedding is, or take "
+            "dm.trace_layers(loss_fn, params, batch)."
         )
+    misplaced = {layer for layer, _ in found.disordered}
+    wasted = [depth for depth in wasted if depth - 1 not in misplaced]
     stack_of = {layer: stack.name for stack in layers.stacks for layer in stack.layers}
     in_stack = [s for s in wasted if stack_of.get(s - 1) == stack_of.get(s, "")]
     others = [s for s in wasted if s not in in_stack]

@@ -60,7 +60,10 @@ def find_meetings(traced: Any, arguments: Any, layers: Layers) -> Meetings:
             before.setdefault(layer, data)
             multiplied |= {layer} if name in PRODUCTS else set()
     later = ((i, j) for i in before for j in range(i + 1, layers.num_layers))
-    disordered = sorted((i, j) for i, j in later if before[i] >> j & 1)
+    # The rows of a stack are one input, so that each seems to have met what any of them has.
+    stack_of = {layer: of.name for of in layers.stacks for layer in of.layers}
+    pairs = ((i, j) for i, j in later if stack_of.get(i, i) != stack_of.get(j, j))
+    disordered = sorted((i, j) for i, j in pairs if before[i] >> j & 1)
     stacks = {sum({1 << layer for layer in of.layers}): of for of in layers.stacks}
     found = {stacks[bits]: turns for bits, turns in scans if bits in stacks}
     scanned = [(of, turns) for of, turns in found.items() if turns != len(of.layers)]

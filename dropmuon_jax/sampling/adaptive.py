@@ -123,6 +123,8 @@ def time_aware_depth(
         Ours: Drop-Muon, arXiv:2510.02239, draws from fixed rules. With ρ = 1 and w = L it is the
         bound of :func:`~dropmuon_jax.planning.optimal_depth` with the criterion "sum".
     """
+    if hasattr(depth_costs, "flops"):
+        raise TypeError("depth_costs must be numbers: of a report of check_depths give its .flops.")
     costs = np.asarray(depth_costs, np.float64)
     if costs.ndim != 1 or not costs.size:
         raise ValueError(f"depth_costs must be one number for each depth, got {depth_costs!r}.")
@@ -260,7 +262,10 @@ def check_distribution(
                 f"steps_per_plan, {distribution.steps_per_plan}."
             )
         if costs is not None and costs.shape != (num_layers,):
-            raise ValueError(f"costs are {costs.size}, and there are {num_layers} layers.")
+            raise ValueError(
+                f"The distribution has the costs of {costs.size} depths, and there are "
+                f"{num_layers} layers, each with a depth."
+            )
 
     def probabilities_of(argument: Any) -> Any:
         if isinstance(distribution, AdaptiveDistribution):
