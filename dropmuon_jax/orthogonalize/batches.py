@@ -23,6 +23,8 @@ Matrices = Float[Array, "batch rows cols"]
 
 # 256 MiB. On a CPU the speed does not depend on it between 32 MiB and 1 GiB.
 DEFAULT_MEMORY_LIMIT = 2**28
+# Leaves of a shape that do not fit are joined in so many groups at most, as each is compiled.
+_MAX_GROUPS = 8
 
 
 def orthogonalize_all(
@@ -31,15 +33,16 @@ def orthogonalize_all(
     """`function` of every matrix of every leaf.
 
     Matrices of one shape, and those of its transpose, are joined, so that the program holds
-    `function` once for each shape, however many matrices there are.
+    `function` once for each shape, however many matrices there are; or up to eight times, where
+    the joined stacks of all shapes do not fit into half of `memory_limit`: in groups, in turn.
 
     Args:
         function: From a stack of matrices, no taller than wide, to one of the same shape and dtype,
             in which every matrix depends on its own matrix only.
         leaves: Arrays of matrices.
         axes: The matrix axes of each leaf.
-        memory_limit: The working memory of `function` in bytes; a joined stack that needs more
-            passes through it in slices, of one matrix at least, in a loop.
+        memory_limit: In bytes, a third of it for the joined leaves of a group, and what is left for
+            `function`, through which more passes in slices, of one matrix at least, in a loop.
 
     Returns:
         Arrays of the shapes of the leaves.
@@ -52,11 +55,15 @@ def orthogonalize_all(
     for i, stack in enumerate(stacks):
         group = group_of(axes[i].path) if group_of else None
         buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype, group), []).append(i)
-    results = list(leaves)
-    for members in buckets.values():
+    results, last = list(leaves), None
+    groups, in_turn = _groups(stacks, list(buckets.values()), memory_limit)
+    for members in groups:
         wide = [_transposed_if_tall(stacks[i], stacks[i].shape) for i in members]
+        if in_turn and last is not None and group_of is None:
+            wide[0] = _after(last, wide[0])
         joined = jnp.concatenate(wide) if len(wide) > 1 else wide[0]
-        slice_size = _slice_size(joined, memory_limit)
+        copied = joined.nbytes if len(wide) > 1 else 0
+        slice_size = _slice_size(joined, memory_limit - 2 * copied)
         if slice_size >= len(joined):
             joined = check_polar_factors(joined, function(joined))
         else:
@@ -64,7 +71,45 @@ def orthogonalize_all(
         ends = np.cumsum([len(stack) for stack in wide])
         for i, piece in zip(members, jnp.split(joined, ends[:-1]), strict=True):
             results[i] = restore[i](_transposed_if_tall(piece, stacks[i].shape))
+        last = results[members[-1]]
     return results
+
+
+def _groups(
+    stacks: Sequence[Matrices], buckets: Sequence[list[int]], memory_limit: int
+) -> tuple[list[list[int]], bool]:
+    """The members of each bucket, in groups that fit into the limit if all together do not.
+
+    And whether they do not, so that one group has to wait for the other. A stack of one leaf is no
+    copy; one of several may be there twice, before and after what is done in place.
+    """
+    # A tall one is copied twice: transposed, and joined to others.
+    sizes = [stack.nbytes * (1 + (stack.shape[1] > stack.shape[2])) for stack in stacks]
+    if sum(sizes) <= memory_limit // 2:
+        return list(buckets), False
+    groups: list[list[int]] = []
+    for members in buckets:
+        first, of_bucket = stacks[members[0]], sum(sizes[i] for i in members)
+        fits = min(memory_limit // 3, memory_limit - working_bytes(first.shape[1:], first.dtype))
+        most, left = max(fits, of_bucket // _MAX_GROUPS), -1
+        for i in members:
+            left -= sizes[i]
+            if left < 0:
+                groups.append([])
+                left = most - sizes[i]
+            groups[-1].append(i)
+    return groups, True
+
+
+def _after(done: Array, stack: Matrices) -> Matrices:
+    """The stack, bit for bit, but not before something else is done.
+
+    XLA's CPU backend drops `optimization_barrier` before it puts operations in an order. It does
+    not know that an integer without its sign is never negative.
+    """
+    first = done[(0,) * done.ndim]
+    bits = jax.lax.bitcast_convert_type(first, f"int{jnp.finfo(done.dtype).bits}")
+    return jnp.where((bits & jnp.iinfo(bits.dtype).max) >= 0, stack, 0)
 
 
 _group_of: ContextVar[Callable[[str], Any] | None] = ContextVar("_group_of", default=None)

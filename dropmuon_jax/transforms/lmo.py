@@ -102,7 +102,7 @@ def newton_schulz_lmo(
         precision: `jax.lax.Precision` of the products on a GPU or TPU, or its name.
         dimension_numbers: Which axes are fan-in and which fan-out; see :func:`norm_lmo`.
         memory_limit: Working memory in bytes, static; by default 256 MiB, or what one matrix needs.
-            Beyond it the matrices of a shape pass in slices; their stack in float32 comes on top.
+            Beyond it leaves of a shape are joined in groups, at most eight, and pass in slices.
 
     Returns:
         A transformation whose `update` takes the extra argument `layer_mask` (by default all
