@@ -498,6 +498,26 @@ def test_a_payload_depends_on_seed_step_path_and_worker_alone():
     assert not np.array_equal(first["a"], estimates(1, params)["a"])
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["all layers", "dropped layers"])
+def test_hyperparameters_that_are_injected_are_the_plain_ones_until_they_are_changed(drops):
+    """Optax makes arrays of all numbers, of a default seed too, and names what it passes on."""
+    of = dm.compression
+    make = functools.partial(of.drop_ef21_muon, layers=LAYERS) if drops else of.ef21_muon
+    mask = {"depth": 1} if drops else {}
+    rest = {"compressor": RankK(2), "server_compressor": RandomDropout(0.5), "weight_decay": 0.5}
+    injected = of.on_workers(optax.inject_hyperparams(make)(learning_rate=0.1, **rest), 2)
+    params, state, of_plain = tree(0), injected.init(tree(0)), None
+    for step, learning_rate in enumerate((0.1, 0.1, 0.3)):
+        plain = of.on_workers(make(learning_rate=learning_rate, seed=0, **rest), 2)
+        of_plain = plain.init(params) if of_plain is None else of_plain
+        state.hyperparams["learning_rate"] = jnp.float32(learning_rate)
+        grads = tree(step + 1, SHAPES, 2)
+        expected, of_plain = plain.update(grads, of_plain, params, **mask)
+        updates, state = injected.update(grads, state, params, **mask)
+        assert_same_bits(updates, expected)
+    assert_same_bits(state.inner_state, of_plain)
+
+
 def test_the_model_of_workers_comes_to_that_of_the_server_where_gradients_vanish():
     tx = dm.compression.server_model(optax.sgd(1.0), TopK(1), norm="frobenius")
     w = {"w": jnp.zeros(3)}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from dropmuon_jax._checks import check_transformation, static_int
-from dropmuon_jax.compression.compressors import Compressor, check_contractive
+from dropmuon_jax._checks import check_transformation
+from dropmuon_jax.compression.compressors import Compressor, check_contractive, check_seed
 from dropmuon_jax.compression.error_feedback import EF21State, cuts_of
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers
@@ -39,7 +39,7 @@ def server_model(
     compressor: Compressor,
     *,
     norm: str = "spectral",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     layers: Layers | None = None,
     dimension_numbers: DimensionNumbers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -94,7 +94,7 @@ def server_model(
     check_transformation("optimizer", optimizer)
     check_contractive(compressor, norm, name="server compressor")
     check_dimension_numbers(dimension_numbers)
-    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each step.")
+    check_seed(seed)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: optax.Params) -> ServerModelState:
