@@ -1,4 +1,4 @@
-"""The side of the server: its model X, the model W that workers have, and where both begin."""
+"""The side of the server: its model X, the model W of workers, and what is before a first step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array
 
-from dropmuon_jax._checks import check_transformation
+from dropmuon_jax._checks import check_transformation, describe
 from dropmuon_jax.compression.compressors import Compressor, check_contractive, check_seed
 from dropmuon_jax.compression.error_feedback import EF21State, cuts_of
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
@@ -240,3 +242,45 @@ def start_from_gradients(opt_state: optax.OptState, grads: optax.Updates) -> opt
 
 def _is_momentum(node: Any) -> bool:
     return isinstance(node, MomentumState)
+
+
+def check_processes(opt_state: optax.OptState) -> None:
+    """Error if processes have made their optimizers with other compressors or seeds.
+
+    They would read each other's payloads as something else, or wait for each other forever. Call it
+    once, before the first step; it does nothing in a single process.
+
+    Raises:
+        TypeError: If the state is traced.
+        ValueError: If processes differ, saying how; or if no part of the state has a compressor.
+    """
+    settings = [
+        node.settings
+        for node in jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "settings"))
+        if hasattr(node, "settings")
+    ]
+    if not settings:
+        raise ValueError(
+            f"opt_state has no part that sends anything: {describe(opt_state)}. Give the state of "
+            "an optimizer with dm.compression.ef21 or dm.privacy.norm_ec in it."
+        )
+    if any(isinstance(x, Tracer) for x in settings):
+        raise TypeError("check_processes compares values: call it outside of jax.jit.")
+    if jax.process_count() == 1:
+        return
+    # Imported here for the sake of one process, where it would take time for nothing.
+    from jax.experimental import multihost_utils
+
+    here = [x.addressable_data(0) if isinstance(x, jax.Array) else x for x in settings]
+    mine = np.concatenate([np.ravel(np.asarray(x)) for x in here])
+    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine))
+    if (everyone == everyone[0]).all():
+        return
+    says = (
+        f"process {i} has seed {of[0]} and compressor {of[1]:08x}"
+        for i, of in enumerate(everyone.reshape(len(everyone), -1, 2)[:, 0].tolist())
+    )
+    raise ValueError(
+        f"The processes would not understand each other's payloads: {'; '.join(says)}. Give all "
+        "one seed, and the same compressors in the same order."
+    )
