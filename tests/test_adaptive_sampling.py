@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dropmuon_jax as dm
-from dropmuon_jax.sampling import LayerGainsState, PlanReader
+from dropmuon_jax.sampling import LayerGainsState, PlanReader, reading
 from dropmuon_jax.sampling.adaptive import minimise_waiting
 from dropmuon_jax.sampling.reading import Reading
 
@@ -572,6 +572,16 @@ def test_a_state_that_cannot_be_drawn_by_is_refused(call, match):
     for draws in (make_sampler(), PlanReader(make_sampler())):
         with pytest.raises((TypeError, ValueError), match=match):
             call(draws, states_of(1)[0])
+
+
+def test_draws_on_the_device_read_the_first_state_and_wait_for_no_other(monkeypatch):
+    sampler, states, read = make_sampler(), states_of(3), []
+    expected = drawn(make_sampler(), states)
+    monkeypatch.setattr(reading, "to_host", lambda x: read.append(x) or np.asarray(x))
+    for state, depth in zip(states, expected, strict=True):
+        assert sampler.sample(state.count, state) == depth
+        assert sampler.inclusion_probabilities(state.count, state)[-1] > 1 - 1e-5
+        assert len(read) == len(jax.tree.leaves(state.drawn_by))
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def record_gains(
     The state keeps what the draws depend on. So a script that is started again draws on as the run
     would have, by the costs of its state, even if it has measured others, of which it warns; and a
     state whose draws were another sampler's is refused where the host draws. (Draws inside a jitted
-    loop cannot say so: call `sampler.check_processes(step, opt_state)` or :func:`check_state`
-    before.)
+    loop cannot say so, and those of `sampler.sample` outside look at the first state alone: call
+    `sampler.check_processes(step, opt_state)` or :func:`check_state` before.)
 
     Args:
         inner: The whole optimizer, from the gradient to the update that is added.
