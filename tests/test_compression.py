@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -593,6 +594,12 @@ def differing(tx, workers):
     return tx.update({"w": grads}, tx.init(params), params)
 
 
+class Foreign(NamedTuple):
+    """The state of an optimizer that knows no workers."""
+
+    settings: jax.Array
+
+
 PAIRS = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0, steps_per_draw=2)
 
 
@@ -688,6 +695,11 @@ ERRORS = {
         "layer_mask is an array at .* active layers must be known",
     ),
     "damping": (lambda: Damping(2.0), ValueError, r"factor must lie in \(0, 2\)"),
+    "settings of something else": (
+        lambda: dm.compression.check_processes(Foreign(jnp.zeros(2, jnp.uint32))),
+        ValueError,
+        "has no part that sends anything: a Foreign",
+    ),
     "nothing sent": (
         lambda: dm.compression.check_processes(optax.sgd(1.0).init(tree(0))),
         ValueError,

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from dropmuon_jax._checks import check_transformation, describe
 from dropmuon_jax.compression.compressors import Compressor, check_contractive, check_seed
 from dropmuon_jax.compression.error_feedback import EF21State, cuts_of
+from dropmuon_jax.compression.exchange import WorkerState
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.prefixes import given_mask
@@ -254,11 +255,12 @@ def check_processes(opt_state: optax.OptState) -> None:
         TypeError: If the state is traced.
         ValueError: If processes differ, saying how; or if no part of the state has a compressor.
     """
-    settings = [
-        node.settings
-        for node in jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "settings"))
-        if hasattr(node, "settings")
-    ]
+
+    def sends(node: Any) -> bool:  # of ef21 and norm_ec, and not any state that has settings
+        return isinstance(getattr(node, "worker", None), WorkerState)
+
+    nodes = filter(sends, jax.tree.leaves(opt_state, is_leaf=sends))
+    settings = [node.settings for node in nodes]
     if not settings:
         raise ValueError(
             f"opt_state has no part that sends anything: {describe(opt_state)}. Give the state of "
