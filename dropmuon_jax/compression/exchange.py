@@ -92,9 +92,8 @@ def on_workers(
         leading axis (:func:`worker_specs`).
 
     Raises:
-        TypeError: If `workers` is neither; at `init`, for an `optimizer` in which
-            `optax.MultiSteps`, :func:`accumulate` or `optax.apply_if_finite` goes around an
-            exchange.
+        TypeError: If `workers` is neither; at `init`, if what gathers or leaves out steps goes
+            around an exchange.
         ValueError: If the mesh has no such axis; in `update`, for gradients of another number of
             workers, or of none, and for updates or a state that would differ between workers.
 
@@ -187,9 +186,8 @@ def _refuse_wrapped(opt_state: optax.OptState) -> None:
         nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
         return [node for node in nodes if isinstance(node, kinds)]
 
-    for node in within(wrappers, opt_state):
-        if not within(WorkerState, node):
-            continue  # behind the exchange, where all workers have the same
+    # Behind the exchange all workers have the same.
+    for node in (of for of in within(wrappers, opt_state) if within(WorkerState, of)):
         if isinstance(node, optax.ApplyIfFiniteState):
             raise TypeError(
                 "optax.apply_if_finite goes around what workers exchange, and each would decide by "
@@ -252,7 +250,7 @@ def gather(tree: Any, axis: str | None) -> Any:
         ends = np.cumsum([words[i].size for i in members])
         pieces = jnp.split(everyone, ends[:-1], axis=1)
         for i, piece in zip(members, pieces, strict=True):
-            gathered[i] = piece.reshape(-1, *words[i].shape)
+            gathered[i] = piece.reshape(len(piece), *words[i].shape)
     restored = (_from_words(x, like.dtype) for x, like in zip(gathered, leaves, strict=True))
     return treedef.unflatten(restored)
 
@@ -284,3 +282,17 @@ def mean_over_workers(function: Callable[[Any], Any], gathered: Any, zeros: Any)
     total, _ = jax.lax.scan(add, zeros, gathered)
     count = len(jax.tree.leaves(gathered)[0])
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
+
+
+def mean_of_arrays(tree: Any, axis: str) -> Any:
+    """The mean of what each worker has, of which each adds up a part: as many bytes as a sum."""
+    count = jax.lax.axis_size(axis)
+
+    def of_array(x: Array) -> Array:
+        own = jnp.pad(x.reshape(-1), (0, -x.size % count)).reshape(count, -1)
+        parts = jax.lax.all_to_all(own, axis, split_axis=0, concat_axis=0)
+        zeros = jnp.where(False, parts[0], -0.0)  # of a type that may differ, as the parts do
+        mean = mean_over_workers(lambda part: part, parts, zeros)
+        return gather(mean, axis).reshape(-1)[: x.size].reshape(x.shape)
+
+    return jax.tree.map(of_array, tree)
