@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dropmuon_jax as dm
-from dropmuon_jax.sampling import LayerGainsState, PlanReader
+from dropmuon_jax.sampling import LayerGainsState, PlanReader, reading
 from dropmuon_jax.sampling.adaptive import minimise_waiting
 from dropmuon_jax.sampling.reading import Reading
 
@@ -150,6 +150,49 @@ def test_a_step_that_a_wrapper_inside_leaves_out_counts_and_shows_nothing():
     assert (int(first.count), int(state.count), int(state.inner_state.total_notfinite)) == (1, 2, 1)
     np.testing.assert_array_equal(state.gains, first.gains)
     np.testing.assert_array_equal(state.num_active_steps, first.num_active_steps)
+
+
+@pytest.mark.parametrize("active", [(1, 1, 1), (1, 1, 0), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("leaves_out", ["apply_if_finite", "conditionally_mask"])
+def test_steps_that_are_left_out_change_no_gain_before_or_after(leaves_out, active):
+    """One entry of one layer is NaN, or a condition does not hold: then no layer moves."""
+    masks = {
+        "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+        "conditionally_mask": lambda tx: optax.conditionally_mask(
+            tx, lambda step, is_good, **_: is_good, forward_extra_args=True
+        ),
+    }
+    sgd = optax.with_extra_args_support(optax.sgd(0.5))
+    tx = dm.record_gains(masks[leaves_out](sgd), make_sampler())
+    mask = {"layer_mask": LAYERS.subset([bool(flag) for flag in active])}
+    damaged = {name: x.copy() for name, x in random_tree(2).items()}
+    damaged[NAMES[1]].flat[0] = np.nan if leaves_out == "apply_if_finite" else 9.0
+
+    def record(*, with_bad_ones):
+        state = tx.init(PARAMS)
+        for seed in range(3):
+            _, state = tx.update(random_tree(seed), state, PARAMS, is_good=True, **mask)
+            if with_bad_ones:
+                _, state = tx.update(damaged, state, PARAMS, is_good=False, **mask)
+            mask_of_all = {"layer_mask": LAYERS.mask(0)}
+            _, state = tx.update(random_tree(9), state, PARAMS, is_good=True, **mask_of_all)
+            if with_bad_ones:
+                _, state = tx.update(damaged, state, PARAMS, is_good=False, **mask_of_all)
+        return state
+
+    plain, interrupted = record(with_bad_ones=False), record(with_bad_ones=True)
+    assert (plain.count, interrupted.count) == (6, 12)
+    for field in ("gains", "num_active_steps", "step_length"):
+        np.testing.assert_array_equal(getattr(interrupted, field), getattr(plain, field))
+
+
+def test_a_layer_without_gradient_gains_nothing_though_it_is_drawn_alone():
+    tx = dm.record_gains(optax.sgd(0.5), make_sampler())
+    _, first = tx.update(PARAMS, tx.init(PARAMS), PARAMS, layer_mask=LAYERS.mask(0))
+    dead = PARAMS | {NAMES[0]: 0 * PARAMS[NAMES[0]]}
+    only_first = LAYERS.subset([True, False, False])
+    _, second = tx.update(dead, first, PARAMS, layer_mask=only_first)
+    np.testing.assert_allclose(second.gains, first.gains * np.array([0.5, 1, 1]), rtol=1e-6)
 
 
 def test_a_depth_may_stand_in_the_place_of_its_mask():
@@ -529,6 +572,16 @@ def test_a_state_that_cannot_be_drawn_by_is_refused(call, match):
     for draws in (make_sampler(), PlanReader(make_sampler())):
         with pytest.raises((TypeError, ValueError), match=match):
             call(draws, states_of(1)[0])
+
+
+def test_draws_on_the_device_read_the_first_state_and_wait_for_no_other(monkeypatch):
+    sampler, states, read = make_sampler(), states_of(3), []
+    expected = drawn(make_sampler(), states)
+    monkeypatch.setattr(reading, "to_host", lambda x: read.append(x) or np.asarray(x))
+    for state, depth in zip(states, expected, strict=True):
+        assert sampler.sample(state.count, state) == depth
+        assert sampler.inclusion_probabilities(state.count, state)[-1] > 1 - 1e-5
+        assert len(read) == len(jax.tree.leaves(state.drawn_by))
 
 
 @pytest.mark.parametrize(

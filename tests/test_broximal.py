@@ -369,6 +369,56 @@ def exact(hessian, size=2):
     return broximal.brox_quadratic(jnp.array(hessian), jnp.zeros(size), jnp.ones(size), 0.5)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_value_that_is_none_ends_the_search_and_nothing_is_certified(norm):
+    """Though the derivative of the logarithm is a number there."""
+    outside = -jnp.abs(draw(3, 4, 3)) - 1.0
+    found = broximal.brox(lambda z: jnp.sum(jnp.log(z)), outside, 0.1, NORMS[norm], max_steps=50)
+    assert found.num_steps == 1
+    assert jnp.isnan(found.value)
+    assert jnp.isnan(found.gap)
+
+
+def test_the_search_turns_back_from_values_that_are_none():
+    weights = jnp.array([1.0, 9.0])
+
+    def loss(z):
+        return jnp.where(z[0] < 1.2, jnp.nan, 0.5 * jnp.sum(weights * z**2))
+
+    found = broximal.brox(loss, jnp.array([3.0, 1.0]), 2.5, EUCLIDEAN, max_steps=50)
+    np.testing.assert_allclose(found.point, [1.2, 0.0], atol=0.1)
+    assert found.value < 0.78  # and 0.72 at the border
+    assert found.gap > 0.1
+
+
+@pytest.mark.usefixtures("strict_promotion")
+@pytest.mark.parametrize("norm", ["euclidean", "own"])
+@pytest.mark.parametrize("of_value", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+def test_leaves_and_values_of_several_dtypes_are_searched_as_those_of_one(of_value, norm):
+    """The second norm has no projection."""
+    own = dm.norms.spectral_norm(orthogonalize=dm.orthogonalize.newton_schulz(num_steps=9))
+    norm = EUCLIDEAN if norm == "euclidean" else own
+    with jax.enable_x64(True):
+        best = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3)))
+
+        def loss(z):
+            sizes = (jnp.sum((x - best.astype(x.dtype)) ** 2) for x in jax.tree.leaves(z))
+            return sum((size.astype(of_value) for size in sizes), jnp.zeros((), of_value))
+
+        def found(second):
+            x = {"a": jnp.zeros((2, 3), jnp.float32), "b": jnp.zeros((2, 3), second)}
+            given = {"a": 0.3, "b": 9.0}, {"a": norm, "b": norm}
+            return broximal.brox(loss, x, *given, max_steps=20, tolerance=np.float32(1e-3))
+
+        mixed, one = found(jnp.float64), found(jnp.float32)
+        assert (mixed.point["a"].dtype, mixed.point["b"].dtype) == (jnp.float32, jnp.float64)
+        assert one.value.dtype == of_value
+        assert mixed.value.dtype == mixed.gap.dtype == jnp.float64
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), mixed, one
+        )
+
+
 def test_quadratics_of_half_width_are_solved_in_full():
     half = jnp.array([3.0, 4.0], jnp.bfloat16)
     found, c = broximal.brox_quadratic(jnp.eye(2, dtype=half.dtype), 0 * half, half, 2.0)
@@ -393,6 +443,12 @@ ERRORS = {
         dm.schedules.adaptive_radius(1.0), EUCLIDEAN, num_steps=1
     ),
     "Call it: it makes one": lambda: broximal.brox(loss, PARAMS, 1.0, dm.norms.euclidean_norm),
+    "norm must be a dm.norms.Norm, got 'sign'": lambda: broximal.brox_linear(
+        BEST, BEST, 1.0, norm="sign"
+    ),
+    "norm must be a dm.norms.Norm, got a function. Call it": lambda: broximal.brox_linear(
+        BEST, BEST, 1.0, dm.norms.sign_norm
+    ),
     "norm has no pattern for": lambda: broximal.brox(loss, PARAMS, 1.0, {"stem": EUCLIDEAN}),
     "tolerance must be at least 0": lambda: broximal.brox(
         loss, PARAMS, 1.0, EUCLIDEAN, tolerance=-1.0

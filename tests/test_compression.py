@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -498,6 +499,58 @@ def test_a_payload_depends_on_seed_step_path_and_worker_alone():
     assert not np.array_equal(first["a"], estimates(1, params)["a"])
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["all layers", "dropped layers"])
+def test_hyperparameters_that_are_injected_are_the_plain_ones_until_they_are_changed(drops):
+    """Optax makes arrays of all numbers, of a default seed too, and names what it passes on."""
+    of = dm.compression
+    make = functools.partial(of.drop_ef21_muon, layers=LAYERS) if drops else of.ef21_muon
+    mask = {"depth": 1} if drops else {}
+    rest = {"compressor": RankK(2), "server_compressor": RandomDropout(0.5), "weight_decay": 0.5}
+    injected = of.on_workers(optax.inject_hyperparams(make)(learning_rate=0.1, **rest), 2)
+    params, state, of_plain = tree(0), injected.init(tree(0)), None
+    for step, learning_rate in enumerate((0.1, 0.1, 0.3)):
+        plain = of.on_workers(make(learning_rate=learning_rate, seed=0, **rest), 2)
+        of_plain = plain.init(params) if of_plain is None else of_plain
+        state.hyperparams["learning_rate"] = jnp.float32(learning_rate)
+        grads = tree(step + 1, SHAPES, 2)
+        expected, of_plain = plain.update(grads, of_plain, params, **mask)
+        updates, state = injected.update(grads, state, params, **mask)
+        assert_same_bits(updates, expected)
+    assert_same_bits(state.inner_state, of_plain)
+
+
+def test_what_gathers_or_leaves_out_steps_goes_behind_the_exchange_or_around_the_whole_update():
+    """Behind it all workers decide the same; around it `jax.lax.cond` decides for all of them."""
+    ef21 = dm.compression.ef21(TopK(3), momentum=0.5)
+    steps = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    behind = optax.chain(ef21, optax.apply_if_finite(steps, 3))
+    alone, tx = (dm.compression.on_workers(of, 2) for of in (ef21, behind))
+    params, state, estimates = tree(0), tx.init(tree(0)), alone.init(tree(0))
+    gathered = []
+    for seed in (1, 2):
+        grads = tree(seed, SHAPES, 2)
+        updates, state = tx.update(grads, state, params)
+        estimate, estimates = alone.update(grads, estimates, params)
+        gathered.append(estimate)
+    for name, of in updates.items():
+        expected = -0.1 * np.mean([estimate[name] for estimate in gathered], axis=0)
+        np.testing.assert_allclose(of, expected, rtol=1e-5)
+
+    @jax.jit
+    def update(grads, state, params):
+        is_finite, leave_out = jnp.isfinite(optax.tree.sum(grads)), optax.tree.zeros_like(params)
+        return jax.lax.cond(
+            is_finite, tx.update, lambda *given: (leave_out, given[1]), grads, state, params
+        )
+
+    grads["head"][1, 0, 0] = np.nan  # of the second worker only
+    updates, after = update(grads, state, params)
+    assert_same_bits(after, state)
+    assert not any(map(np.any, jax.tree.leaves(updates)))
+    grads["head"][1, 0, 0] = 0.0
+    assert_same_bits(update(grads, state, params), jax.jit(tx.update)(grads, state, params))
+
+
 def test_the_model_of_workers_comes_to_that_of_the_server_where_gradients_vanish():
     tx = dm.compression.server_model(optax.sgd(1.0), TopK(1), norm="frobenius")
     w = {"w": jnp.zeros(3)}
@@ -539,6 +592,21 @@ def differing(tx, workers):
     params = {"w": jnp.ones(2)}
     grads = jnp.ones((2 if workers == 2 else 1, 2))
     return tx.update({"w": grads}, tx.init(params), params)
+
+
+class Foreign(NamedTuple):
+    """The state of an optimizer that knows no workers."""
+
+    settings: jax.Array
+
+
+PAIRS = dm.DepthSampler(LAYERS, dm.uniform_depth(), seed=0, steps_per_draw=2)
+
+
+def wrapped(wrapper):
+    """The state of workers that exchange within a wrapper, which stands between other parts."""
+    tx = optax.chain(optax.identity(), wrapper(optax.chain(dm.compression.ef21(TopK(1)))))
+    return dm.compression.on_workers(tx, 2).init(tree(0))
 
 
 ERRORS = {
@@ -596,6 +664,30 @@ ERRORS = {
         ValueError,
         "would differ between workers",
     ),
+    "accumulated inside": (
+        lambda: wrapped(lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()),
+        TypeError,
+        "accumulates, by optax.MultiSteps .* give update the means over the micro-batches",
+    ),
+    "accumulated by layers inside": (
+        lambda: wrapped(lambda tx: dm.accumulate(tx, PAIRS)),
+        TypeError,
+        "accumulates, by .* dm.accumulate",
+    ),
+    "finite ones inside": (
+        lambda: wrapped(lambda tx: optax.apply_if_finite(tx, 3)),
+        TypeError,
+        "apply_if_finite .* each would decide by its own gradient alone .* jax.lax.cond",
+    ),
+    "accumulated around": (
+        lambda: (
+            optax.MultiSteps(dm.compression.on_workers(dm.compression.ef21(TopK(1)), 2), 2)
+            .gradient_transformation()
+            .update(tree(1, SHAPES, 2), optax.MultiSteps(optax.sgd(0.1), 2).init(tree(0)), tree(0))
+        ),
+        ValueError,
+        "No optax.MultiSteps goes around",
+    ),
     "no compressor": (lambda: dm.compression.ef21(optax.sgd(1)), TypeError, "must be a compressor"),
     "traced": (
         lambda: jax.jit(update_rows)(jnp.int32(1)),
@@ -603,6 +695,11 @@ ERRORS = {
         "layer_mask is an array at .* active layers must be known",
     ),
     "damping": (lambda: Damping(2.0), ValueError, r"factor must lie in \(0, 2\)"),
+    "settings of something else": (
+        lambda: dm.compression.check_processes(Foreign(jnp.zeros(2, jnp.uint32))),
+        ValueError,
+        "has no part that sends anything: a Foreign",
+    ),
     "nothing sent": (
         lambda: dm.compression.check_processes(optax.sgd(1.0).init(tree(0))),
         ValueError,

@@ -75,7 +75,7 @@ def test_a_network_of_nnx_and_the_table_of_its_roles():
         ("rel_pos_h", (27, 8), "embedding"),
         ("register_tokens", (1, 4, 8), "embedding"),
         ("layers/0/kernel", (3, 3, 16, 32), "hidden"),
-        ("Decoder_0/ConvTranspose_1/kernel", (4, 4, 8, 8), "hidden"),
+        ("Decoder_0/ConvTranspose_1/kernel", (1, 1, 8, 8), "hidden"),
         ("out_conv/bias", (1,), "bias"),
         ("lora_b", (2, 8), "hidden"),
     ],

@@ -1,5 +1,6 @@
 """Models of Equinox, Haiku and Keras: the size of a first step, a run, and ways out of mistakes."""
 
+import functools
 import math
 from typing import Any
 
@@ -255,6 +256,7 @@ def test_a_haiku_model_learns_in_steps_of_the_due_size_and_its_statistics_advanc
         dm.layers_by_path(last, ["norm"])
 
 
+TURNED = functools.partial(nn.ConvTranspose, transpose_kernel=True)
 # What a layer of Haiku or Flax is called, what makes it, the leaf in doubt, and what it is.
 CONVOLUTIONS: dict[str, tuple[Any, Any]] = {
     "haiku": (lambda x: hk.Conv2D(8, 3)(x), None),
@@ -265,7 +267,12 @@ CONVOLUTIONS: dict[str, tuple[Any, Any]] = {
     "haiku_multiplier": (lambda x: hk.DepthwiseConv2D(2, 3)(x), dm.layers.Grouped(4)),
     "flax": (nn.Conv(8, (3, 3)), None),
     "flax_in": (nn.ConvTranspose(8, (3, 3)), None),
-    "flax_out": (nn.ConvTranspose(8, (3, 3), transpose_kernel=True), "transposed"),
+    "flax_in_square": (nn.ConvTranspose(4, (3, 3)), "in_out"),
+    "flax_in_no_bias": (nn.ConvTranspose(8, (3, 3), use_bias=False), "in_out"),
+    "flax_out": (TURNED(8, (3, 3)), "transposed"),
+    "flax_out_square": (TURNED(4, (3, 3)), "transposed"),
+    "flax_out_no_bias": (TURNED(8, (3, 3), use_bias=False), "transposed"),
+    "flax_out_pointwise": (TURNED(2, (1, 1), use_bias=False), "transposed"),
 }
 
 
@@ -288,7 +295,7 @@ def test_convolutions_in_other_layouts_are_refused_until_one_argument_says_which
     step = by_path(step)[leaf]
     if layout == "transposed":  # fan-in 9 · 4
         step = step.swapaxes(-1, -2)
-    parts = np.split(step, 1 if layout == "transposed" else 4, axis=-1)
+    parts = np.split(step, 1 if layout in ("transposed", "in_out") else 4, axis=-1)
     for matrix in (part.reshape(-1, part.shape[-1]) for part in parts):
         np.testing.assert_allclose(matrix.T @ matrix, np.eye(len(matrix.T)), atol=1e-4)
 

@@ -17,6 +17,7 @@ from scipy import optimize, stats
 
 import dropmuon_jax as dm
 import reference
+from dropmuon_jax.compression.exchange import mean_of_arrays
 from dropmuon_jax.privacy import PrivacyPlan, bounded_mean, clip21, norm_ec, safe_step
 
 NUM_CLIENTS, SIZE, SEED = 3, 6, 7
@@ -67,6 +68,16 @@ def test_ten_rounds_are_those_of_numpy(plan, normalize):
             np.testing.assert_allclose(state[0].estimate["w"], model.estimate, atol=1e-10)
         if plan is None:
             np.testing.assert_allclose(np.mean(own, 0), state[0].estimate["w"], atol=1e-12)
+
+
+def test_means_are_added_in_the_order_of_clients_whatever_the_shape_of_an_array():
+    """Each of four clients adds up a part of an array, whose entries need not be 4, 8, 12, …"""
+    rng, mean = np.random.default_rng(5), functools.partial(mean_of_arrays, axis="workers")
+    shapes = ((), (0, 3), (1,), (4,), (5, 2), (3, 7))
+    sent = [rng.normal(size=(4, *shape)).astype(np.float32) for shape in shapes]
+    found = jax.jit(jax.vmap(mean, axis_name="workers", out_axes=None))(sent)
+    for x, of_all in zip(found, sent, strict=True):
+        np.testing.assert_array_equal(x, functools.reduce(np.add, of_all) / np.float32(4))
 
 
 # Of a client with f(x) = L x² / 2, whose error is e before a message: φ(e), then the step's part.

@@ -82,6 +82,12 @@ def test_the_host_draws_what_the_device_draws_in_whatever_order_it_is_asked(name
         assert sampler.active(step) == tuple(sampler.subsets[indices[step]].tolist())
 
 
+@over_distributions
+def test_a_draw_on_the_device_is_of_few_programs_so_that_a_loop_can_be_ahead_of_it(name):
+    """JAX lets 32 of them wait for a device; then the host waits."""
+    assert len(jax.make_jaxpr(make_sampler(name).sample)(jnp.int32(7)).eqns) <= 12
+
+
 @pytest.mark.parametrize("name", ["uniform", "fixed", "independent", "pairs"])
 def test_draws_follow_their_probabilities(name):
     sampler = make_sampler(name)

@@ -213,6 +213,7 @@ ef21, RankK, TOP = dm.compression.ef21, dm.compression.RankK, dm.compression.Top
 ONE_WORKER = jax.tree.map(lambda x: x[None], PARAMS)
 beside = lambda count: dm.compression.on_workers(ef21(TOP), count)  # noqa: E731
 on_one = lambda tx: step_of_one(dm.compression.on_workers(tx, 1))  # noqa: E731
+left_out = lambda grads, state, params: (jax.tree.map(jnp.zeros_like, params), state)  # noqa: E731
 step_of_one = lambda tx: tx.update(ONE_WORKER, tx.init(PARAMS), PARAMS)  # noqa: E731
 send = lambda compressor, params: ef21(compressor, axis=None).init(params)  # noqa: E731
 of_server = lambda of, **options: dm.compression.server_model(sgd, of, **options)  # noqa: E731

@@ -10,7 +10,6 @@ from dropmuon_jax.compression.ef21_muon import drop_ef21_muon, ef21_muon, payloa
 from dropmuon_jax.compression.error_feedback import EF21State, ef21
 from dropmuon_jax.compression.exchange import (
     WorkerState,
-    check_processes,
     on_workers,
     worker_specs,
 )
@@ -18,6 +17,7 @@ from dropmuon_jax.compression.rounding import Natural, ScaledSign
 from dropmuon_jax.compression.selections import ColumnTopK, RankK, TopK
 from dropmuon_jax.compression.server_model import (
     ServerModelState,
+    check_processes,
     server_model,
     server_params,
     start_from_gradients,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dropmuon_jax._checks import check_choice, is_python_number
+from dropmuon_jax._checks import check_choice, check_index, is_python_number, static_int
 
 Matrices = Float[Array, "*batch rows cols"]
 Payload = Any
@@ -142,6 +142,17 @@ def _check_static(name: str, value: Any) -> None:
     """Error unless a value is a Python number."""
     if not is_python_number(value):
         raise TypeError(f"{name} must be a Python number, got {value!r}. It is static.")
+
+
+def check_seed(seed: Any) -> None:
+    """Error unless a seed is a nonnegative integer, or an array of one, whose value may be traced.
+
+    `optax.inject_hyperparams` makes arrays of all numbers, those of defaults too.
+    """
+    if isinstance(seed, jax.Array):
+        check_index("seed", seed)
+    else:
+        static_int("seed", seed, minimum=0, hint="Keys are made of it for each step.")
 
 
 @dataclasses.dataclass(frozen=True)

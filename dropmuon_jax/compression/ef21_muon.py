@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -20,7 +22,24 @@ from dropmuon_jax.optimizers.composition import rows_of
 from dropmuon_jax.optimizers.muon import drop_muon, muon
 from dropmuon_jax.transforms.masked import chain_subtrees
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _with_options_of(optimizer: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Names the options of an optimizer in a signature, where `optax.inject_hyperparams` reads."""
+
+    def named(function: Function) -> Function:
+        own = inspect.signature(function)
+        kept = [of for of in own.parameters.values() if of.kind is not of.VAR_KEYWORD]
+        options = inspect.signature(optimizer).parameters.values()
+        kept += [of for of in options if of.name not in own.parameters]
+        vars(function)["__signature__"] = own.replace(parameters=kept)
+        return function
+
+    return named
+
+
+@_with_options_of(muon)
 def ef21_muon(
     learning_rate: optax.ScalarOrSchedule,
     compressor: Compressor,
@@ -31,7 +50,7 @@ def ef21_muon(
     other: Compressor | None = None,
     server_compressor: Compressor | None = None,
     server_norm: str = "spectral",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EF21-Muon: workers send compressed what is new in their momenta, and all take Muon's step.
@@ -90,6 +109,7 @@ def ef21_muon(
     return _with_server(tx, server_compressor, server_norm, seed, None, options)
 
 
+@_with_options_of(drop_muon)
 def drop_ef21_muon(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
@@ -101,7 +121,7 @@ def drop_ef21_muon(
     other: Compressor | None = None,
     server_compressor: Compressor | None = None,
     server_norm: str = "spectral",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """EF21-Muon with dropped layers: a step of :func:`ef21_muon` from a depth to the output.
@@ -169,7 +189,7 @@ def _send(
     momentum: Momentum,
     axis: str | None,
     norm: str,
-    seed: int,
+    seed: int | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
     """Error feedback of the matrices, with momentum, and of everything else, without."""
     numbers: DimensionNumbers | None = options.get("dimension_numbers")
@@ -191,7 +211,7 @@ def _with_server(
     optimizer: optax.GradientTransformationExtraArgs,
     compressor: Compressor | None,
     norm: str,
-    seed: int,
+    seed: int | jax.Array,
     layers: Layers | None,
     options: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:

@@ -12,14 +12,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from dropmuon_jax._checks import static_int
-from dropmuon_jax.compression.compressors import Compressor, Matrices, check_contractive
+from dropmuon_jax.compression.compressors import Compressor, Matrices, check_contractive, check_seed
 from dropmuon_jax.compression.exchange import WorkerState, gather, mean_over_workers, worker_place
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.matrices import MatrixAxes, matrix_axes, vector_axes
 from dropmuon_jax.layers.trees import is_static, leaf_paths
 from dropmuon_jax.optimizers.composition import as_momentum, row_by_row, rows_of
+from dropmuon_jax.sampling.record import seed_words
 from dropmuon_jax.transforms.masked import masked_transformation
 from dropmuon_jax.transforms.momentum import wide_dtype
 
@@ -45,7 +45,7 @@ def ef21(
     momentum: Momentum = 0.9,
     axis: str | None = "workers",
     norm: str = "frobenius",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     layers: Layers | None = None,
     dimension_numbers: DimensionNumbers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -112,17 +112,17 @@ def ef21(
     """
     check_contractive(compressor, norm)
     check_dimension_numbers(dimension_numbers)
-    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each step.")
+    check_seed(seed)
     inner = optax.with_extra_args_support(row_by_row(as_momentum(momentum, layers), layers))
-    settings = np.array([seed & 0xFFFFFFFF, zlib.crc32(str(compressor).encode())], np.uint32)
+    checksum = np.uint32(zlib.crc32(str(compressor).encode()))
 
     def init(params: optax.Params) -> EF21State:
         cuts = cuts_of(compressor, params, layers, dimension_numbers)
         memory = [compressor.init(cut.shape, cut.dtype) for cut in cuts]
         memory = jax.tree.structure(params).unflatten(memory)
         worker = WorkerState(inner.init(params), wide_zeros(params), memory)
-        count = jnp.zeros((), jnp.int32)
-        return EF21State(worker, wide_zeros(params), count, jnp.asarray(settings))
+        settings = jnp.stack([seed_words(seed)[1], checksum])
+        return EF21State(worker, wide_zeros(params), jnp.zeros((), jnp.int32), settings)
 
     def update(updates: Any, state: EF21State, params: Any, layer_mask: Any, extra_args: Any):
         index = worker_place(axis, updates)

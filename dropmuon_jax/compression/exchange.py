@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from dropmuon_jax._checks import check_transformation, describe, static_int
+from dropmuon_jax._checks import check_transformation, static_int
 from dropmuon_jax.layers.trees import restructure_like
+from dropmuon_jax.transforms.accumulation import AccumulatedState
 
 
 class WorkerState(NamedTuple):
@@ -86,11 +86,14 @@ def on_workers(
 
     Returns:
         A transformation. `update` takes gradients (and `prev_params_grads`) with a leading axis of
-        workers and gives updates without it: no `optax.MultiSteps` goes around, means over micro-
-        batches come before. `init` gives workers' own arrays a leading axis (:func:`worker_specs`).
+        workers and gives updates without it, so no `optax.MultiSteps` or `optax.apply_if_finite`
+        goes around it, nor around the exchange inside: means over micro-batches come before, and a
+        step is left out, of all workers, by `jax.lax.cond`. `init` gives workers' own arrays a
+        leading axis (:func:`worker_specs`).
 
     Raises:
-        TypeError: If `workers` is neither.
+        TypeError: If `workers` is neither; at `init`, if what gathers or leaves out steps goes
+            around an exchange.
         ValueError: If the mesh has no such axis; in `update`, for gradients of another number of
             workers, or of none, and for updates or a state that would differ between workers.
 
@@ -120,9 +123,8 @@ def on_workers(
         count = static_int("workers", workers, minimum=1, hint=hint)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return map_worker_states(
-            lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), inner.init(params)
-        )
+        _refuse_wrapped(state := inner.init(params))
+        return map_worker_states(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), state)
 
     def update_fn(updates, state, params=None, **extra_args):
         for path, x in jax.tree_util.tree_leaves_with_path(updates):
@@ -131,7 +133,8 @@ def on_workers(
                 raise ValueError(
                     f"The gradient of '{at}' has shape {jnp.shape(x)}, and needs a leading axis of "
                     f"{count} workers: jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, "
-                    "batches), with batches of each worker."
+                    "batches), with batches of each worker. (No optax.MultiSteps goes around: its "
+                    "sums have no such axis. Give the means over the micro-batches of each worker.)"
                 )
         more = {}
         if (second := extra_args.pop("prev_params_grads", None)) is not None:
@@ -173,6 +176,29 @@ def on_workers(
         )(*given)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _refuse_wrapped(opt_state: optax.OptState) -> None:
+    """Error for what would exchange on some workers only, or in every micro-batch."""
+    wrappers = optax.MultiStepsState, AccumulatedState, optax.ApplyIfFiniteState
+
+    def within(kinds: Any, tree: Any) -> list[Any]:
+        nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+        return [node for node in nodes if isinstance(node, kinds)]
+
+    # Behind the exchange all workers have the same.
+    for node in (of for of in within(wrappers, opt_state) if within(WorkerState, of)):
+        if isinstance(node, optax.ApplyIfFiniteState):
+            raise TypeError(
+                "optax.apply_if_finite goes around what workers exchange, and each would decide by "
+                "its own gradient alone whether it does. Decide by those of all, in the step: "
+                "jax.lax.cond(is_finite, take_step, leave_out, grads, opt_state, params)."
+            )
+        raise TypeError(
+            "optimizer accumulates, by optax.MultiSteps or dm.accumulate, around what workers "
+            "exchange, and each would have sums of its own: give update the means over the "
+            "micro-batches of each worker."
+        )
 
 
 def worker_place(axis: str | None, *trees: Any) -> Int[Array, ""]:
@@ -224,7 +250,7 @@ def gather(tree: Any, axis: str | None) -> Any:
         ends = np.cumsum([words[i].size for i in members])
         pieces = jnp.split(everyone, ends[:-1], axis=1)
         for i, piece in zip(members, pieces, strict=True):
-            gathered[i] = piece.reshape(-1, *words[i].shape)
+            gathered[i] = piece.reshape(len(piece), *words[i].shape)
     restored = (_from_words(x, like.dtype) for x, like in zip(gathered, leaves, strict=True))
     return treedef.unflatten(restored)
 
@@ -258,43 +284,15 @@ def mean_over_workers(function: Callable[[Any], Any], gathered: Any, zeros: Any)
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
 
 
-def check_processes(opt_state: optax.OptState) -> None:
-    """Error if processes have made their optimizers with other compressors or seeds.
+def mean_of_arrays(tree: Any, axis: str) -> Any:
+    """The mean of what each worker has, of which each adds up a part: as many bytes as a sum."""
+    count = jax.lax.axis_size(axis)
 
-    They would read each other's payloads as something else, or wait for each other forever. Call it
-    once, before the first step; it does nothing in a single process.
+    def of_array(x: Array) -> Array:
+        own = jnp.pad(x.reshape(-1), (0, -x.size % count)).reshape(count, -1)
+        parts = jax.lax.all_to_all(own, axis, split_axis=0, concat_axis=0)
+        zeros = jnp.where(False, parts[0], -0.0)  # of a type that may differ, as the parts do
+        mean = mean_over_workers(lambda part: part, parts, zeros)
+        return gather(mean, axis).reshape(-1)[: x.size].reshape(x.shape)
 
-    Raises:
-        TypeError: If the state is traced.
-        ValueError: If processes differ, saying how; or if no part of the state has a compressor.
-    """
-    settings = [
-        node.settings
-        for node in jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "settings"))
-        if hasattr(node, "settings")
-    ]
-    if not settings:
-        raise ValueError(
-            f"opt_state has no part that sends anything: {describe(opt_state)}. Give the state of "
-            "an optimizer with dm.compression.ef21 or dm.privacy.norm_ec in it."
-        )
-    if any(isinstance(x, Tracer) for x in settings):
-        raise TypeError("check_processes compares values: call it outside of jax.jit.")
-    if jax.process_count() == 1:
-        return
-    # Imported here for the sake of one process, where it would take time for nothing.
-    from jax.experimental import multihost_utils
-
-    here = [x.addressable_data(0) if isinstance(x, jax.Array) else x for x in settings]
-    mine = np.concatenate([np.ravel(np.asarray(x)) for x in here])
-    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine))
-    if (everyone == everyone[0]).all():
-        return
-    says = (
-        f"process {i} has seed {of[0]} and compressor {of[1]:08x}"
-        for i, of in enumerate(everyone.reshape(len(everyone), -1, 2)[:, 0].tolist())
-    )
-    raise ValueError(
-        f"The processes would not understand each other's payloads: {'; '.join(says)}. Give all "
-        "one seed, and the same compressors in the same order."
-    )
+    return jax.tree.map(of_array, tree)

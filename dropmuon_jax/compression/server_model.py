@@ -1,4 +1,4 @@
-"""The side of the server: its model X, the model W that workers have, and where both begin."""
+"""The side of the server: its model X, the model W of workers, and what is before a first step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array
 
-from dropmuon_jax._checks import check_transformation, static_int
-from dropmuon_jax.compression.compressors import Compressor, check_contractive
+from dropmuon_jax._checks import check_transformation, describe
+from dropmuon_jax.compression.compressors import Compressor, check_contractive, check_seed
 from dropmuon_jax.compression.error_feedback import EF21State, cuts_of
+from dropmuon_jax.compression.exchange import WorkerState
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.layers.layers import Layers
 from dropmuon_jax.layers.prefixes import given_mask
@@ -39,7 +42,7 @@ def server_model(
     compressor: Compressor,
     *,
     norm: str = "spectral",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     layers: Layers | None = None,
     dimension_numbers: DimensionNumbers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -94,7 +97,7 @@ def server_model(
     check_transformation("optimizer", optimizer)
     check_contractive(compressor, norm, name="server compressor")
     check_dimension_numbers(dimension_numbers)
-    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each step.")
+    check_seed(seed)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: optax.Params) -> ServerModelState:
@@ -240,3 +243,46 @@ def start_from_gradients(opt_state: optax.OptState, grads: optax.Updates) -> opt
 
 def _is_momentum(node: Any) -> bool:
     return isinstance(node, MomentumState)
+
+
+def check_processes(opt_state: optax.OptState) -> None:
+    """Error if processes have made their optimizers with other compressors or seeds.
+
+    They would read each other's payloads as something else, or wait for each other forever. Call it
+    once, before the first step; it does nothing in a single process.
+
+    Raises:
+        TypeError: If the state is traced.
+        ValueError: If processes differ, saying how; or if no part of the state has a compressor.
+    """
+
+    def sends(node: Any) -> bool:  # of ef21 and norm_ec, and not any state that has settings
+        return isinstance(getattr(node, "worker", None), WorkerState)
+
+    nodes = filter(sends, jax.tree.leaves(opt_state, is_leaf=sends))
+    settings = [node.settings for node in nodes]
+    if not settings:
+        raise ValueError(
+            f"opt_state has no part that sends anything: {describe(opt_state)}. Give the state of "
+            "an optimizer with dm.compression.ef21 or dm.privacy.norm_ec in it."
+        )
+    if any(isinstance(x, Tracer) for x in settings):
+        raise TypeError("check_processes compares values: call it outside of jax.jit.")
+    if jax.process_count() == 1:
+        return
+    # Imported here for the sake of one process, where it would take time for nothing.
+    from jax.experimental import multihost_utils
+
+    here = [x.addressable_data(0) if isinstance(x, jax.Array) else x for x in settings]
+    mine = np.concatenate([np.ravel(np.asarray(x)) for x in here])
+    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine))
+    if (everyone == everyone[0]).all():
+        return
+    says = (
+        f"process {i} has seed {of[0]} and compressor {of[1]:08x}"
+        for i, of in enumerate(everyone.reshape(len(everyone), -1, 2)[:, 0].tolist())
+    )
+    raise ValueError(
+        f"The processes would not understand each other's payloads: {'; '.join(says)}. Give all "
+        "one seed, and the same compressors in the same order."
+    )

@@ -227,7 +227,7 @@ def check_axes(sites: Sequence[Site]) -> None:
                 ", or another layout; of a stack the axes, optax.contrib.MuonDimensionNumbers("
                 "reduction_axis=…, output_axis=…)."
             )
-        if is_window and (doubt := _other_kind(site)):
+        if len(site.shape) > 2 and not site.is_unreadable and (doubt := _other_kind(site)):
             raise ValueError(
                 f"{leaf} may be a {doubt}. Say which: {say}: 'in_out'}} of an ordinary convolution "
                 "(*window, in, out), 'out_in' of (out, in, *window), 'transposed' of (*window, out,"
@@ -256,15 +256,19 @@ def _other_kind(site: Site) -> str:
     if site.layout not in ("in_out", "out_in") or isinstance(site.numbers, Grouped):
         return ""
     words = {*itertools.chain(*components(site.called)[:2])}
+    is_called_transposed = not words.isdisjoint(("transpose", "transposed", "deconv"))
     (num_in, num_out), biases = site.channels, site.biases
+    if math.prod(site.window) == 1 and (not is_called_transposed or num_in == num_out):
+        return ""  # one matrix in all layouts, or its transpose on the same scale
     for bias in biases:
         if bias not in ([num_out], [], None):
             return f"convolution of another kind, with a bias of shape {tuple(bias)} beside it"
     is_told = bool(biases) and (None in biases or num_in != num_out)
-    # Linen's own name, whose kernels are (*window, in, out).
-    is_told |= re.search(r"(^|/)ConvTranspose_\d+/kernel$", site.called) is not None
-    if not words.isdisjoint(("transpose", "transposed", "deconv")) and not is_told:
-        return "transposed convolution, which Haiku and Keras keep as (*window, out, in)"
+    if is_called_transposed and not is_told:
+        return (
+            "transposed convolution, which Haiku, Keras and Flax with transpose_kernel=True keep "
+            "as (*window, out, in)"
+        )
     if not words.isdisjoint(("depthwise", "separable")) or ("dw" in words and num_in == 1):
         return "depthwise convolution, whose channels no matrix may mix"
     if not words.isdisjoint(("group", "grouped", "groups")):

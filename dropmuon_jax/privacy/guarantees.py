@@ -174,7 +174,9 @@ def checked_seed(plan: PrivacyPlan | None, seed: int | None) -> int:
                 "can guess, such as secrets.randbits(32), the same in all processes and restarts."
             )
         return 0
-    seed = static_int("seed", seed, minimum=0, hint="Keys are made of it for each round.")
+    # No array: a hyperparameter lies in the state, is logged, and must not be known.
+    hint = "It is static: under optax.inject_hyperparams name it in static_args."
+    seed = static_int("seed", seed, minimum=0, hint=hint)
     if seed >= 1 << 32:
         raise ValueError(f"seed must be below 2**32, got {seed}: keys leave out what is above.")
     return seed

@@ -19,7 +19,7 @@ from jaxtyping import Array, UInt32
 
 from dropmuon_jax._checks import check_choice, check_nonnegative, check_positive, describe
 from dropmuon_jax.compression.error_feedback import wide_zeros
-from dropmuon_jax.compression.exchange import WorkerState, worker_place
+from dropmuon_jax.compression.exchange import WorkerState, mean_of_arrays, worker_place
 from dropmuon_jax.layers.dimension_numbers import DimensionNumbers, check_dimension_numbers
 from dropmuon_jax.norms.norm import Norm
 from dropmuon_jax.privacy.guarantees import PrivacyPlan, checked_seed, with_noise
@@ -275,7 +275,7 @@ def _bounded(
             message = with_noise(message, key, form.length * multiplier)
             message = _until(plan.rounds, count, message)
         if axis is not None:  # by the number of clients, whatever their data
-            message = jax.lax.pmean(message, axis)
+            message = mean_of_arrays(message, axis)
         estimate = message
         if form.has_feedback:
             estimate = jax.tree.map(

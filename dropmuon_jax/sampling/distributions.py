@@ -4,6 +4,7 @@ Those made by the functions here are equal, and hash alike, if their arguments a
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from dropmuon_jax._checks import check_nonnegative, static_int
 
-# Each subset that can be drawn may become an executable; more than this is a mistake.
-_MAX_SUBSETS = 4096
+_MAX_SUBSETS = 4096  # each may become an executable; more than this is a mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +158,11 @@ class _EpochShift:
     num_steps: int
     alpha: float
 
+    @functools.partial(jax.jit, static_argnames=("self", "num_layers"))
     def __call__(self, step: Array | int, num_layers: int) -> Float[Array, " num_layers"]:
         depth = jnp.arange(num_layers, dtype=jnp.float32)
         tau = jnp.minimum(jnp.asarray(step, jnp.float32) / self.num_steps, 1)
-        shift = (1 - tau) * (num_layers - 1 - depth) + tau * depth
-        return jax.nn.softmax(self.alpha * shift)
+        return jax.nn.softmax(self.alpha * ((1 - tau) * (num_layers - 1 - depth) + tau * depth))
 
 
 def epoch_shift_depth(num_steps: int, alpha: float = 0.5) -> LayerDistribution:

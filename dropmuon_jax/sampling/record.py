@@ -104,14 +104,15 @@ def record_gains(
     not taken for more because the learning rate was higher then, nor for less in a warm-up. (In a
     step without the last layer its latest length counts.)
 
-    Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside.
+    Every step counts, so what leaves steps out, such as `optax.apply_if_finite`, goes inside. A
+    step that it leaves out, in which there are gradients and no layer moves, shows no gain.
     `optax.MultiSteps` goes neither around nor inside: gather gradients in the step itself.
 
     The state keeps what the draws depend on. So a script that is started again draws on as the run
     would have, by the costs of its state, even if it has measured others, of which it warns; and a
     state whose draws were another sampler's is refused where the host draws. (Draws inside a jitted
-    loop cannot say so: call `sampler.check_processes(step, opt_state)` or :func:`check_state`
-    before.)
+    loop cannot say so, and those of `sampler.sample` outside look at the first state alone: call
+    `sampler.check_processes(step, opt_state)` or :func:`check_state` before.)
 
     Args:
         inner: The whole optimizer, from the gradient to the update that is added.
@@ -175,14 +176,16 @@ def record_gains(
         updates, inner_state = update(grads, state.inner_state, params, **extra_args)
         is_active, last = active_layers(layers.num_layers, leaf_layers, mask), layers.num_layers - 1
         flags = jax.tree.leaves(mask)
-        of_last = [last in of and flag for flag, of in zip(flags, leaf_layers, strict=True)]
-        length = _sums(layers, of_last, jnp.abs, updates)[last]
-        is_known = is_active[last] & jnp.isfinite(length)
-        step_length = jnp.where(is_known, length, state.step_length)
+        slopes, lengths = (_sums(layers, flags, jnp.abs, tree) for tree in (grads, updates))
+        # As by optax.apply_if_finite: there is a gradient, and no layer moves.
+        is_left_out = (jnp.sum(slopes) != 0) & (jnp.sum(lengths) == 0)
+        is_known = is_active[last] & jnp.isfinite(lengths[last]) & ~is_left_out
+        step_length = jnp.where(is_known, lengths[last], state.step_length)
         decrease = -_sums(layers, flags, jnp.multiply, grads, updates)
         latest = decrease / jnp.where(step_length > 0, step_length, 1)
-        # A step that overflowed, or has no length, shows nothing. The first that does counts whole.
-        counts = is_active & jnp.isfinite(latest) & (step_length > 0)
+        # A step that overflowed, was left out or has no length, shows nothing. The first that does
+        # counts whole.
+        counts = is_active & jnp.isfinite(latest) & (step_length > 0) & ~is_left_out
         num_active_steps = state.num_active_steps + counts.astype(jnp.int32)
         weight = jnp.maximum(1 - distribution.decay, 1 / jnp.maximum(num_active_steps, 1))
         average = state.gains + weight.astype(jnp.float32) * (latest - state.gains)

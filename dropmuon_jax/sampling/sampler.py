@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from dropmuon_jax._checks import check_index, describe, static_int
 from dropmuon_jax.layers.layers import Layers, check_layers
@@ -25,7 +25,7 @@ from dropmuon_jax.sampling.reading import (
     Reading,
     check_agreement,
     check_step,
-    find_record,
+    record_of,
     to_host,
 )
 from dropmuon_jax.sampling.record import DrawnBy, drawn_by_of, seed_words
@@ -159,6 +159,8 @@ class DepthSampler:
 
     # The warnings that have been given, so that each comes once.
     told = functools.cached_property[list[str]](lambda self: [])
+    # The first record that a draw on the device has been compared with; it waits for no other one.
+    compared = functools.cached_property[list[DrawnBy]](lambda self: [])
 
     def draw_with(self, probabilities: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """The indices that are drawn in steps with given probabilities, on the host."""
@@ -167,18 +169,15 @@ class DepthSampler:
     def sample(self, count: Int[Array, ""] | int, opt_state: Any = None) -> Int[Array, ""]:
         """The depth of a step, or the index in `subsets`, on the device; the step may be traced."""
         draw = count // self.steps_per_draw
-        return draw_index(self.seed, draw, self.probabilities(count, opt_state))
+        words = jnp.asarray(seed_words(self.seed))
+        return draw_index(words, draw, self.probabilities(count, opt_state))
 
     def probabilities(
         self, step: Array | int, opt_state: Any = None
     ) -> Float[Array, " num_subsets"]:
         """The probability of each subset, or depth, at a step; by the plan of an adaptive one."""
         if isinstance(self.distribution, AdaptiveDistribution):
-            record = find_record(opt_state)
-            known = jax.tree.leaves((record.drawn_by, self.seed))
-            if not any(isinstance(x, Tracer) for x in known) and record.count.ndim == 0:
-                jax.tree.map(to_host, record.drawn_by).refuse_other(self.drawn_by, self.told)
-            return jnp.asarray(record.probabilities)
+            return jnp.asarray(record_of(opt_state, self).probabilities)
         first = step // self.steps_per_draw * self.steps_per_draw
         probabilities = self.distribution.probabilities(first, self.layers.num_layers)
         return jnp.asarray(probabilities, jnp.float32)
@@ -247,11 +246,12 @@ def _as_seed(seed: Any) -> int | jax.Array:
     return (high << 32) + low
 
 
+@jax.jit  # for draws outside of it: as many programs as are in here would wait for the device
 def draw_index(
-    seed: int | jax.Array, count: Int[Array, ""] | int, probabilities: Float[Array, " outcomes"]
+    seed: UInt32[Array, " 2"], count: Int[Array, ""], probabilities: Float[Array, " outcomes"]
 ) -> Int[Array, ""]:
     """An index with the given probabilities, drawn in integers and so the same everywhere."""
-    key = jax.random.wrap_key_data(jnp.asarray(seed_words(seed)), impl="threefry2x32")
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     key = jax.random.fold_in(key, count)
     # The folded key is itself 64 random bits, the same under every JAX configuration.
     bits = jax.random.key_data(key)[0] >> (32 - _BITS)
@@ -270,7 +270,7 @@ def _draw(sampler: DepthSampler, draws: Array, plan: Array | None) -> tuple[Arra
     def one(draw: Array) -> tuple[Array, Array]:
         step = draw * sampler.steps_per_draw
         probabilities = sampler.probabilities(step) if plan is None else plan
-        return draw_index(sampler.seed, draw, probabilities), probabilities
+        return draw_index(seed_words(sampler.seed), draw, probabilities), probabilities
 
     return jax.vmap(one)(draws)
 

@@ -242,6 +242,29 @@ def test_other_axes_of_the_mesh_are_left_to_xla():
     assert_close(on_mesh, expected, rounding=1e-4)
 
 
+def test_whole_gradients_take_as_many_bytes_as_a_sum_of_a_collective():
+    mesh, params = make_mesh(workers=8), {"w": jnp.zeros((16, 5))}
+    tx = dm.compression.on_workers(dm.privacy.norm_ec(1.0, 0.5), mesh)
+    grads = jax.device_put({"w": jnp.ones((8, 16, 5))}, NamedSharding(mesh, P("workers")))
+    program = jax.jit(tx.update).lower(grads, placed(mesh, tx.init(params)), params).compile()
+    numbers, received = read_traffic(program.as_text(), 8)
+    assert numbers == {"all-to-all": 1, "all-gather": 1}
+    assert received == 2 * 7 / 8 * 16 * 5 * 4
+
+
+@pytest.mark.deep
+def test_whole_gradients_may_be_sharded_over_other_axes_of_the_mesh():
+    mesh = make_mesh(workers=2, tensor=2)
+    exchanges = dm.privacy.norm_ec(1.0, 0.5, server_normalization=False)
+    tx, beside = (dm.compression.on_workers(exchanges, of) for of in (mesh, 2))
+    params, grads = {"wide": PARAMS["stem"]}, {"wide": GRADS["stem"][:2]}
+    spec = NamedSharding(mesh, P("workers", None, "tensor"))
+    sharded = {"wide": jax.device_put(grads["wide"], spec)}
+    on_mesh = jax.jit(tx.update)(sharded, tx.init(params), params)
+    expected = jax.jit(beside.update)(grads, beside.init(params), params)
+    assert_close(on_mesh, expected, rounding=1e-6)
+
+
 @pytest.mark.deep
 def test_optax_chains_with_scion_run_on_a_mesh():
     mesh = make_mesh(workers=8)

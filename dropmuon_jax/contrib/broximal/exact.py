@@ -6,7 +6,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from dropmuon_jax._checks import check_positive
+from dropmuon_jax._checks import check_positive, describe
 from dropmuon_jax.contrib.broximal.oracle import Brox
 from dropmuon_jax.norms.norm import Norm
 
@@ -23,6 +23,9 @@ def brox_linear(slope: Array, x: Array, radius: float | Array, norm: Norm) -> Br
     Returns:
         A :class:`Brox` with the gap 0 and no steps, as of every function here.
 
+    Raises:
+        TypeError: If `norm` is none.
+
     Examples:
         >>> import jax.numpy as jnp, dropmuon_jax as dm
         >>> slope, x = jnp.array([[3.0], [-1.0]]), jnp.zeros((2, 1))
@@ -30,6 +33,9 @@ def brox_linear(slope: Array, x: Array, radius: float | Array, norm: Norm) -> Br
         >>> print(dm.contrib.broximal.brox_linear(slope, x, 2.0, norm).point.T)
         [[-2.  2.]]
     """
+    if not isinstance(norm, Norm):
+        called = " Call it: it makes one." if callable(norm) else ""
+        raise TypeError(f"norm must be a dm.norms.Norm, got {describe(norm)}.{called}")
     point = x + norm.argmin(slope, radius)
     return _exactly(point, jnp.vdot(slope, point))
 

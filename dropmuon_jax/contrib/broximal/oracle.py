@@ -1,5 +1,6 @@
 """The broximal operator: a minimizer of a function in the ball of a norm around a point."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Brox(NamedTuple):
     """f(z)."""
     gap: Float[Array, ""]
     """⟨∇f(z), z - argmin_w ⟨∇f(z), w⟩⟩ over the ball, at least 0: for a convex f the value is at
-    most so far above the smallest in the ball."""
+    most so far above the smallest in the ball. NaN if the value is."""
     num_steps: Int[Array, ""]
     """How many steps were taken."""
 
@@ -68,8 +69,9 @@ def brox(
         dimension_numbers: Which axes are fan-in and which fan-out, as in :func:`norm_lmo`.
 
     Returns:
-        A :class:`Brox`; look at its `gap`, which is above `tolerance` where the steps ran out. It
-        can be jitted and mapped, and has no derivative: that of its value is :func:`ball_envelope`.
+        A :class:`Brox`; look at its `gap`, which is above `tolerance` where the steps ran out, and
+        NaN where it came to a value that is none: there it stops. It can be jitted and mapped, and
+        has no derivative: that of its value is :func:`ball_envelope`.
 
     Raises:
         TypeError: If `norm` is no norm, or a leaf of `x` no floating-point array.
@@ -174,10 +176,20 @@ def minimise(
     max_steps: int,
 ) -> Brox:
     """From the gradients at the centre to a point in the ball; leaves of gradient 0 do not move."""
+    start = _added(centre, [ball.argmin(g) for ball, g in zip(balls, grads, strict=True)])
+    value, new = value_and_grad(start)
+    kinds = [value.dtype, *(x.dtype for x in centre)]
+    number = functools.reduce(np.promote_types, kinds)  # of what is summed over leaves
+    rounding = max(float(jnp.finfo(of).eps) for of in kinds)
 
-    def gap_of(point: Leaves, grads: Leaves) -> Array:
+    def inner(x: Leaves, y: Leaves) -> Array:
+        each = (jnp.vdot(a, b).astype(number) for a, b in zip(x, y, strict=True))
+        return sum(each, jnp.zeros((), number))
+
+    def gap_of(point: Leaves, value: Array, grads: Leaves) -> Array:
         nearest = _added(centre, [ball.argmin(g) for ball, g in zip(balls, grads, strict=True)])
-        return jnp.maximum(_inner(grads, _minus(point, nearest)), 0)
+        gap = jnp.maximum(inner(grads, _minus(point, nearest)), 0)
+        return jnp.where(jnp.isnan(value), jnp.nan, gap)
 
     def direction(now: _State) -> Leaves:
         steps = []
@@ -190,18 +202,18 @@ def minimise(
 
     def step(now: _State) -> _State:
         move = direction(now)
-        slope, highest = _inner(now.grads, move), now.values.max()
+        slope, highest = inner(now.grads, move), now.values.max()
 
         def is_too_high(trial: tuple[Array, Array, Leaves, Array]) -> Bool[Array, ""]:
             length, value, _, halvings = trial
             # Rounding of the values must not keep it from a last step.
-            slack = 4 * jnp.finfo(value.dtype).eps * jnp.abs(highest)
+            slack = 4 * rounding * jnp.abs(highest)
             enough = highest + _SUFFICIENT * length * slope + slack
             return ~(value <= enough) & (halvings < _HALVINGS)
 
         def at(length: Array, halvings: Array) -> tuple[Array, Array, Leaves, Array]:
             value, grads = value_and_grad(_added(now.point, _scaled(length, move)))
-            return length, value.astype(now.value.dtype), grads, halvings
+            return length, value.astype(number), grads, halvings
 
         def shorter(
             trial: tuple[Array, Array, Leaves, Array],
@@ -211,46 +223,41 @@ def minimise(
             best = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
             return at(jnp.clip(best, 0.1 * length, 0.5 * length), halvings + 1)
 
-        one = jnp.ones((), now.value.dtype)
+        one = jnp.ones((), number)
         first = at(one, jnp.int32(0))
         length, value, grads, _ = jax.lax.while_loop(is_too_high, shorter, first)
         moved = _scaled(length, move)
-        curvature = _inner(moved, _minus(grads, now.grads))
-        square = _inner(moved, moved)
+        curvature = inner(moved, _minus(grads, now.grads))
+        square = inner(moved, moved)
         point = _added(now.point, moved)
         inverse = jnp.where(curvature > 0, square / jnp.where(curvature > 0, curvature, 1), 1e10)
         return _State(
             point,
             value,
             grads,
-            gap_of(point, grads),
+            gap_of(point, value, grads),
             jnp.clip(inverse, 1e-10, 1e10),
             jnp.roll(now.values, 1).at[0].set(value),
             now.num_steps + 1,
         )
 
-    start = _added(centre, [ball.argmin(g) for ball, g in zip(balls, grads, strict=True)])
-    value, new = value_and_grad(start)
-    curvature = _inner(_minus(start, centre), _minus(new, grads))
-    square = _inner(_minus(start, centre), _minus(start, centre))
+    curvature = inner(_minus(start, centre), _minus(new, grads))
+    square = inner(_minus(start, centre), _minus(start, centre))
     inverse = jnp.where(curvature > 0, square / jnp.where(curvature > 0, curvature, 1), 1.0)
+    value, most = value.astype(number), jnp.asarray(tolerance, number)
     first = _State(
         start,
         value,
         new,
-        gap_of(start, new),
+        gap_of(start, value, new),
         jnp.clip(inverse, 1e-10, 1e10),
         jnp.full(_MEMORY, value),
         jnp.int32(1),
     )
     last = jax.lax.while_loop(
-        lambda now: (now.gap > tolerance) & (now.num_steps < max_steps), step, first
+        lambda now: (now.gap > most) & (now.num_steps < max_steps), step, first
     )
     return Brox(last.point, last.value, last.gap, last.num_steps)
-
-
-def _inner(x: Leaves, y: Leaves) -> Array:
-    return sum((jnp.vdot(a, b) for a, b in zip(x, y, strict=True)), jnp.zeros((), x[0].dtype))
 
 
 def _added(x: Leaves, y: Leaves) -> Leaves:
