@@ -447,7 +447,7 @@ def test_working_memory_stays_within_the_limit(shape, count):
     for limit in (stack, stack // 2, 3 * stack // 8 + one):
         compiled = lower([shape] * count, memory_limit=limit).compile()
         assert compiled.memory_analysis().temp_size_in_bytes <= limit + slack
-        assert unlimited.memory_analysis().temp_size_in_bytes > 1.5 * limit
+        assert unlimited.memory_analysis().temp_size_in_bytes > limit + slack
     programs = compiled.as_text().count(" dot(") / unlimited.as_text().count(" dot(")
     assert programs <= 8
 
