@@ -440,14 +440,14 @@ def test_slices_give_what_the_whole_gives():
 )
 @pytest.mark.parametrize("count", [16, pytest.param(24, marks=deep)])
 def test_working_memory_stays_within_the_limit(shape, count):
-    """With the joined stacks of the leaves, down to an eighth of them all; by an eighth at most."""
+    """With the joined stacks of the leaves, down to an eighth of them all; by a sixth at most."""
     short, long = sorted(shape)
     stack, one = count * short * long * 4, one_matrix(short, long)
     unlimited = lower([shape] * count).compile()
     for limit in (stack, stack // 2, 3 * stack // 8 + one):
         compiled = lower([shape] * count, memory_limit=limit).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes <= 1.125 * limit
-        assert unlimited.memory_analysis().temp_size_in_bytes > 1.125 * limit
+        assert compiled.memory_analysis().temp_size_in_bytes <= 7 / 6 * limit
+        assert unlimited.memory_analysis().temp_size_in_bytes > 7 / 6 * limit
     programs = compiled.as_text().count(" dot(") / unlimited.as_text().count(" dot(")
     assert programs <= 8
 
