@@ -4,18 +4,21 @@ The parameters are three layers of asymmetric, non-square matrices, with biases 
 transformation takes vectors; their names sort from deep to shallow, so alphabetical order is wrong.
 """
 
+import collections
 import dataclasses
 import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import dropmuon_jax as dm
 from dropmuon_jax.layers import trees
@@ -534,6 +537,37 @@ def test_per_layer_cuts_tree_shaped_extra_arguments_to_the_layer():
     for name, on in zip(NAMES, (0.0, 1.0, 1.0), strict=True):
         expected = jax.tree.map(lambda u, s, on=on: on * 2.0 * s * u, params[name], scales[name])
         assert_close(updates[name], expected)
+
+
+CONTAINERS = {
+    "dict": dict,
+    "frozen": flax.core.freeze,
+    "state": nnx.State,
+    "default": lambda tree: collections.defaultdict(dict, tree),
+    "list": lambda tree: [*tree.values()],
+}
+
+
+@pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
+def test_a_state_by_layer_has_few_nodes_for_each_parameter(contain):
+    """Each call of a program takes it apart and puts it together: not the square of the layers."""
+
+    def nodes_of_a_parameter(num_layers):
+        params = contain({f"{i:02}": {k: jnp.ones(3) for k in "abcdef"} for i in range(num_layers)})
+        names = [f"{i:02}" for i in range(num_layers)]
+        names = [*map(str, range(num_layers))] if isinstance(params, list) else names
+        layers = dm.layers_by_path(params, names)
+        # Inside there are all leaves, for what is given as a tree for all.
+        decay = optax.add_decayed_weights(0.1, jax.tree.map(lambda _: True, params))
+        tx = dm.per_layer(optax.chain(optax.scale_by_adam(), decay), layers)
+        state = tx.init(params)
+        updates, after = tx.update(params, state, params, layer_mask=layers.mask(1))
+        assert types(after) == types(state)
+        assert types(updates) == types(params)
+        return jax.tree.structure(state).num_nodes / jax.tree.structure(params).num_leaves
+
+    few, many = nodes_of_a_parameter(4), nodes_of_a_parameter(40)
+    assert many < (1.1 if contain in (dict, flax.core.freeze, nnx.State) else 4) * few
 
 
 # --- Shapes, dtypes, structure --------------------------------------------------------------------

@@ -3,11 +3,13 @@
 What is fitted has the containers of the parameters, so that Optax can map over both.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import KeyPath, tree_flatten_with_path
 
 from dropmuon_jax.layers.layers import Layers
@@ -51,6 +53,32 @@ def remembered_labels(labels: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[key]
 
     return remembered
+
+
+def without_masked(tree: Any) -> Any:
+    """A tree without what `optax.MaskedNode()` alone is in: the same leaves in fewer nodes.
+
+    A state for each of fifty layers would else have fifty times the nodes of the parameters, and
+    each call of a program takes a tree apart and puts one together. A key of a mapping is left
+    out, and another child is one masked node.
+    """
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def is_out(node: Any) -> bool:
+        nodes = jax.tree.leaves(node, is_leaf=is_masked)
+        return bool(nodes) and all(map(is_masked, nodes))
+
+    if is_masked(tree) or jax.tree_util.all_leaves([tree]):
+        return tree
+    if isinstance(tree, Mapping) and not isinstance(tree, collections.defaultdict):
+        make: Any = type(tree)  # a dict, Flax's FrozenDict, a state of NNX
+        return make({key: without_masked(of) for key, of in tree.items() if not is_out(of)})
+    children, node = jax.tree.flatten(tree, is_leaf=lambda child: child is not tree)
+    return node.unflatten(
+        optax.MaskedNode() if is_out(child) else without_masked(child) for child in children
+    )
 
 
 def _fit(name: str, given: Any, tree: Any) -> Any:

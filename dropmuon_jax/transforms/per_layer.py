@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 
 from dropmuon_jax._checks import check_transformation
 from dropmuon_jax.layers.layers import Layers, check_layers
-from dropmuon_jax.layers.prefixes import remembered_labels
+from dropmuon_jax.layers.prefixes import remembered_labels, without_masked
 from dropmuon_jax.layers.rows import (
     RowAxes,
     StackedLeaves,
@@ -42,9 +42,9 @@ class PerLayerState(NamedTuple):
     """State of :func:`per_layer`."""
 
     inner_states: tuple[optax.OptState, ...]
-    """One state of the inner transformation for each layer, counts included; for each stack one, of
-    which every leaf has an entry for each layer: along the axis of a parameter if it has its path
-    and shape, as momenta do, and else along the first."""
+    """One state of the inner transformation for each layer, counts included, without the keys of
+    other layers; for each stack one, of which every leaf has an entry for each layer: along the
+    axis of a parameter if it has its path and shape, as momenta do, and else along the first."""
 
 
 def per_layer(
@@ -115,6 +115,9 @@ def per_layer(
         )
     inner = optax.with_extra_args_support(inner) if takes_mask else promoting(inner)
     units = layers.units
+    state_of = remembered_labels(
+        lambda of_unit: jax.eval_shape(inner.init, layers.row_shapes(of_unit))
+    )
     axes_of = remembered_labels(
         lambda of_unit: row_axes(
             inner.init, layers.row_shapes(of_unit), layers.row_axes_of(of_unit)
@@ -130,7 +133,7 @@ def per_layer(
                 axes = axes_of(of_unit)
                 init_unit = jax.vmap(inner.init, (axes.updates,), axes.state)
             state = init_unit(of_unit)
-            states.append(state_like(state, state))
+            states.append(without_masked(state_like(state, state)))
         if not takes_mask and optax.tree.get_all_with_path(states, "MVRMomentumState"):
             raise ValueError(
                 "mvr_momentum looks at the layer mask itself, and inside per_layer it cannot know "
@@ -158,8 +161,11 @@ def per_layer(
                 flag = xp.broadcast_to(flag, (len(units[index].layers),))
                 step = step._replace(axes=axes_of(arguments["updates"]).of(arguments))
             update_unit: Any = _update_layer if is_static(flag) else _update_in_loop
-            new, states[index] = update_unit(step, arguments, states[index], flag)
+            kept, stored = jax.tree.flatten(states[index])
+            old = jax.tree.structure(state_of(arguments["updates"])).unflatten(kept)
+            new, after = update_unit(step, arguments, old, flag)
             of_units[index] = iter(jax.tree.leaves(new))
+            states[index] = stored.unflatten(jax.tree.leaves(after))
         leaves = [next(of_units[index]) for index in jax.tree.leaves(unit_of_leaf)]
         return structure.unflatten(leaves), PerLayerState(tuple(states))
 
