@@ -2,8 +2,8 @@
 # Whether training steps in one `jax.lax.scan` update parameters in place on a CPU.
 #
 # Guess: a loop's carry is updated in place, which is what a scan over steps is for.
-# Seen: of the parameters of a multilayer perceptron most are copied in every round of the loop.
-# With XLA's option xla_cpu_copy_insertion_use_region_analysis, off by default in jax 0.10.2, fewer.
+# Seen: of the twelve parameters of a multilayer perceptron five are copied in every round of a loop.
+# With XLA's option xla_cpu_copy_insertion_use_region_analysis, off by default in jax 0.10.2, none is.
 exec "$(dirname "$0")/python_with" jax==0.10.2 <<'PY'
 import re
 
@@ -35,9 +35,9 @@ for name, options in {
 }.items():
     jitted = jax.jit(steps, donate_argnums=0, compiler_options=options)
     text = jitted.lower(params, jnp.ones((10, 8, WIDTH))).compile().as_text()
-    body = next(part for part in text.split("\n\n") if "dynamic-slice" in part and "(arg_tuple" in part)
-    found[name] = len(re.findall(r" = f32\[32(?:,32)?\]\S* copy\(", body))
+    bodies = [part for part in text.split("\n\n") if not part.startswith("ENTRY")]
+    found[name] = len(re.findall(r" = f32\[32(?:,32)?\]\S* copy\(", "".join(bodies)))
     print(f"{name}: {found[name]} of {2 * DEPTH} parameters are copied in a round")
-assert found["as it comes"] > DEPTH
+assert found["as it comes"] > 3
 assert found["with region analysis"] < found["as it comes"] / 2
 PY
