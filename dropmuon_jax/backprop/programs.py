@@ -95,7 +95,8 @@ class SharedGradient:
     """The gradient of a step, traced for one draw and cut down to later ones.
 
     Of a gradient with more active layers, that with fewer is what is left without the results of
-    the others and all that only these need, such as the backward pass below.
+    the others and all that only these need, such as the backward pass below. (Where the loss has a
+    `jax.custom_vjp` below, its forward rule runs, as in the gradient with more layers.)
 
     Args:
         gradient: A function of `(carried, others, static)`, where `static` begins with the active
