@@ -96,6 +96,17 @@ def test_steps_are_those_of_one_program_and_equal_layers_share_theirs(optimizer,
     assert gc.isenabled()
 
 
+def test_what_a_layer_joins_within_a_memory_limit_does_not_depend_on_others():
+    params = {name: {of: jnp.eye(8) for of in ("in", "out")} for name in ("stem", "head")}
+    layers = dm.layers_by_path(params, ["stem", "head"])
+    optimizer = dm.newton_schulz_lmo(num_steps=2, memory_limit=7 * 8 * 8 * 4)
+    draws = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
+    step = dm.train_step(optax.tree.sum, optimizer, draws, update_by_layer=True)
+    before = len(COMPILED)
+    step.compile(params, optimizer.init(params))
+    assert COMPILED[before:].count("jit(update_layer)") == 1
+
+
 def test_functions_of_the_host_are_those_of_their_layers():
     def times(number):
         host = lambda g: np.asarray(number * g, np.float32)  # noqa: E731
