@@ -96,8 +96,40 @@ def test_steps_are_those_of_one_program_and_equal_layers_share_theirs(optimizer,
     assert gc.isenabled()
 
 
+def test_what_a_layer_joins_within_a_memory_limit_does_not_depend_on_others():
+    params = {name: {of: jnp.eye(8) for of in ("in", "out")} for name in ("stem", "head")}
+    layers = dm.layers_by_path(params, ["stem", "head"])
+    optimizer = dm.newton_schulz_lmo(num_steps=2, memory_limit=7 * 8 * 8 * 4)
+    draws = dm.DepthSampler(layers, dm.uniform_depth(), seed=0)
+    step = dm.train_step(optax.tree.sum, optimizer, draws, update_by_layer=True)
+    before = len(COMPILED)
+    step.compile(params, optimizer.init(params))
+    assert COMPILED[before:].count("jit(update_layer)") == 1
+
+
+def test_functions_of_the_host_are_those_of_their_layers():
+    def times(number):
+        host = lambda g: np.asarray(number * g, np.float32)  # noqa: E731
+        return optax.stateless_with_tree_map(lambda g, _: jax.pure_callback(host, g, g))
+
+    params = {"stem": jnp.ones(2), "head": jnp.ones(2)}
+    layers = dm.layers_by_path(params, ["stem", "head"])
+    labels = {name: name for name in params}
+    optimizer = optax.partition({"stem": times(1.0), "head": times(2.0)}, labels)
+    draws = dm.DepthSampler(layers, dm.sampling.fixed_size_subsets(2), seed=0)
+    total = lambda params: jnp.sum(params["stem"] + params["head"])  # noqa: E731
+    step = dm.train_step(total, optimizer, draws, update_by_layer=True)
+    after, *_ = step(0, params, optimizer.init(params))
+    np.testing.assert_array_equal(after["stem"], 2.0)
+    np.testing.assert_array_equal(after["head"], 3.0)
+
+
 def scaled_by(array):
     return lambda x, y: x * array + y
+
+
+def scaled_by_drawn(key):
+    return lambda x, y: x * jax.random.uniform(key) + y
 
 
 PROGRAMS = {
@@ -107,6 +139,8 @@ PROGRAMS = {
     "x * -0": lambda x, y: x * -0.0 + y,
     "a constant": scaled_by(np.ones(3, np.float32)),
     "another one": scaled_by(np.arange(3, dtype=np.float32)),
+    "a key": scaled_by_drawn(jax.random.key(0)),
+    "another key": scaled_by_drawn(jax.random.key(1)),
     "a dtype": lambda x, y: x.astype(jnp.float16).astype(x.dtype) + y,
     "an inner program": lambda x, y: jax.jit(lambda x: x * 2)(x) + y,
     "another program": lambda x, y: jax.jit(lambda x: x * 3)(x) + y,

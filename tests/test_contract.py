@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -545,6 +546,7 @@ CONTAINERS = {
     "state": nnx.State,
     "default": lambda tree: collections.defaultdict(dict, tree),
     "list": lambda tree: [*tree.values()],
+    "dataclass": lambda tree: chex.dataclass(dataclasses.make_dataclass("P", tree))(**tree),
 }
 
 
@@ -553,8 +555,10 @@ def test_a_state_by_layer_has_few_nodes_for_each_parameter(contain):
     """Each call of a program takes it apart and puts it together: not the square of the layers."""
 
     def nodes_of_a_parameter(num_layers):
-        params = contain({f"{i:02}": {k: jnp.ones(3) for k in "abcdef"} for i in range(num_layers)})
-        names = [f"{i:02}" for i in range(num_layers)]
+        params = contain(
+            {f"b{i:02}": {k: jnp.ones(3) for k in "abcdef"} for i in range(num_layers)}
+        )
+        names = [f"b{i:02}" for i in range(num_layers)]
         names = [*map(str, range(num_layers))] if isinstance(params, list) else names
         layers = dm.layers_by_path(params, names)
         # Inside there are all leaves, for what is given as a tree for all.

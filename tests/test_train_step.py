@@ -284,6 +284,23 @@ def test_a_gradient_is_traced_where_none_of_more_layers_is(depths, num_traces):
         assert flops[0] == flops[1]
 
 
+def test_a_gradient_of_fewer_layers_does_without_one_of_more_that_fails():
+    def loss(params, x):
+        repeated = lambda _, x: jnp.tanh(x @ params["stem"]["kernel"])  # noqa: E731
+        x = jax.lax.fori_loop(0, jnp.int32(x[0, 0]), repeated, x)  # a loop without a gradient
+        return jnp.mean(x @ params["head"]["kernel"])
+
+    shapes = {"stem": (4, 4), "head": (4, 2)}
+    params = {name: {"kernel": jnp.ones(of)} for name, of in shapes.items()}
+    layers = dm.layers_by_path(params, ["stem", "head"])
+    optimizer = dm.drop_muon(0.1, layers)
+    step_fn = dm.train_step(loss, optimizer, dm.DepthSampler(layers, dm.uniform_depth(), seed=0))
+    inputs = params, optimizer.init(params), jnp.ones((3, 4))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        step_fn.trace_depth(0, *inputs)
+    step_fn.trace_depth(1, *inputs)
+
+
 def test_effects_of_a_backward_pass_are_those_of_active_layers():
     params, seen = make_params(), []
 

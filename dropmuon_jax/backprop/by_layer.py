@@ -8,8 +8,9 @@ from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from dropmuon_jax.layers.trees import leaf_paths
@@ -101,8 +102,7 @@ class ByLayer:
             return [grads[i] for i in self._grads], found, jax.tree.leaves(rest), more
 
         self._gradient: Any = jax.jit(step_gradient, static_argnums=2)
-        numbers = [x.aval for x in (*scalars, *sums)]
-        placed = [_placed_like(x, leaves[0]) for x in (*shapes, *numbers)]
+        placed = [_placed_like(x, leaves[0]) for x in (*shapes, *(x.aval for x in scalars + sums))]
         known = [*placed[:num_grads], *kept, *placed[num_grads:]]
         first_sum = len(known) - len(sums)
         self._parts = []
@@ -115,9 +115,11 @@ class ByLayer:
             if key not in programs:
                 program = _program(jaxpr_as_fun(cut), order)
                 lowered = program.trace([known[i] for i in own], [known[i] for i in read]).lower()
-                programs[key] = programs.setdefault(lowered.as_text(), (program, lowered))
-            sums_of_layer = [first_sum + i for i in own_sums]
-            self._parts.append(Part(programs[key], own, read, of, sums_of_layer))
+                same = key if _calls_host(cut.jaxpr) else lowered.as_text()
+                programs[key] = programs.setdefault(same, (program, lowered))
+            self._parts.append(
+                Part(programs[key], own, read, of, [first_sum + i for i in own_sums])
+            )
 
     def __call__(self, leaves: Sequence[Any], others: Any, static: Any) -> tuple[list[Any], Any]:
         """The leaves of the new `carried`, and what else the step returns."""
@@ -239,10 +241,7 @@ def _cut(
 
 
 def _identity(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> Hashable:
-    """What programs have in common that compute the same, as far as JAX can compare it.
-
-    To lower a program takes longer than this, and nearly all have been seen at another depth.
-    """
+    """What programs have in common that compute the same: found sooner than they are lowered."""
     number = {x: i for i, x in enumerate(chain(jaxpr.constvars, jaxpr.invars))}
 
     def identity(x: Any) -> Hashable:
@@ -253,6 +252,8 @@ def _identity(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> Hashable:
                 return _identity(x)
             case Literal():
                 return identity(x.val), x.aval
+            case jax.Array() if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x.dtype, identity(jax.random.key_data(x))
             case jax.Array() | np.ndarray() | np.generic():
                 return x.dtype, x.shape, np.asarray(x).tobytes()
             case tuple() | list():
@@ -273,8 +274,14 @@ def _identity(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> Hashable:
         params = tuple((name, identity(of)) for name, of in sorted(eqn.params.items()))
         steps.append((eqn.primitive, atoms(eqn.invars), params, identity(eqn.ctx)))
         number |= {x: len(number) + i for i, x in enumerate(eqn.outvars)}
-    of_inputs = tuple(x.aval for x in chain(jaxpr.constvars, jaxpr.invars))
-    return of_inputs, identity(consts), tuple(steps), atoms(jaxpr.outvars)
+    avals = tuple(x.aval for x in (*jaxpr.constvars, *jaxpr.invars))
+    return avals, identity(consts), tuple(steps), atoms(jaxpr.outvars)
+
+
+def _calls_host(jaxpr: Jaxpr) -> bool:
+    """Whether a program calls a function of Python, which a text does not tell from another."""
+    inner = chain(*(jaxprs_in_params(eqn.params) for eqn in jaxpr.eqns))
+    return any("callback" in of.primitive.name for of in jaxpr.eqns) or any(map(_calls_host, inner))
 
 
 def _program(function: Callable[..., list[Any]], order: Sequence[int]) -> Any:

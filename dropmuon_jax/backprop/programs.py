@@ -122,13 +122,13 @@ class SharedGradient:
             for (known, *of), program in self._programs.items()
             if of == rest and all(map(operator.le, active, known))
         )
-        program = self._programs.get(static) or next(of_more, None)
-        if program is None:
-            program = jax.jit(partial(self._gradient, static=static), inline=True)
-            self._programs[static] = program
-        if static in self._programs:
-            return program(carried, others)
-        traced = program.trace(carried, others)
+        if static in self._programs or (wider := next(of_more, None)) is None:
+            program = self._programs.get(static)
+            program = program or jax.jit(partial(self._gradient, static=static), inline=True)
+            result = program(carried, others)
+            self._programs[static] = program  # now that it has been traced without an error
+            return result
+        traced = wider.trace(carried, others)
         (grads, *_), jaxpr = traced.out_info, traced.jaxpr
         # Printing a gradient is not cut away; and a second gradient, where only active layers are
         # at their previous parameters, is no part of another one.

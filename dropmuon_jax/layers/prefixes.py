@@ -4,6 +4,7 @@ What is fitted has the containers of the parameters, so that Optax can map over 
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,7 +73,8 @@ def without_masked(tree: Any) -> Any:
 
     if is_masked(tree) or jax.tree_util.all_leaves([tree]):
         return tree
-    if isinstance(tree, Mapping) and not isinstance(tree, collections.defaultdict):
+    is_class = dataclasses.is_dataclass(tree)  # as one of chex, which is a mapping as well
+    if isinstance(tree, Mapping) and not isinstance(tree, collections.defaultdict) and not is_class:
         make: Any = type(tree)  # a dict, Flax's FrozenDict, a state of NNX
         return make({key: without_masked(of) for key, of in tree.items() if not is_out(of)})
     children, node = jax.tree.flatten(tree, is_leaf=lambda child: child is not tree)

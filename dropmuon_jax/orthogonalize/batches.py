@@ -6,8 +6,9 @@ in its place, and nothing else knows that there is a mesh.
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,8 @@ from dropmuon_jax.layers.matrices import MatrixAxes, to_matrices
 Orthogonalize = Callable[[Float[Array, "*batch rows cols"]], Float[Array, "*batch rows cols"]]
 Matrices = Float[Array, "batch rows cols"]
 
-# 256 MiB. On a CPU the speed does not depend on it between 32 MiB and 1 GiB.
-DEFAULT_MEMORY_LIMIT = 2**28
-# Leaves of a shape that do not fit are joined in so many groups at most, as each is compiled.
-_MAX_GROUPS = 8
+DEFAULT_MEMORY_LIMIT = 2**28  # on a CPU the speed is the same between 32 MiB and 1 GiB
+_MAX_GROUPS = 8  # of the leaves of a shape, as each is compiled
 
 
 def orthogonalize_all(
@@ -51,15 +50,14 @@ def orthogonalize_all(
     if group_of and isinstance(function, Hashable):
         function = jax.jit(function, inline=True)
     stacks, restore = zip(*map(to_matrices, leaves, axes), strict=True) if leaves else ((), ())
-    buckets: dict[tuple, list[int]] = {}
+    apart: dict[Any, dict[tuple, list[int]]] = {}
     for i, stack in enumerate(stacks):
-        group = group_of(axes[i].path) if group_of else None
-        buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype, group), []).append(i)
+        buckets = apart.setdefault(group_of(axes[i].path) if group_of else None, {})
+        buckets.setdefault((*sorted(stack.shape[1:]), stack.dtype), []).append(i)
     results, last = list(leaves), None
-    groups, in_turn = _groups(stacks, list(buckets.values()), memory_limit)
-    for members in groups:
+    for waits, members in chain(*(_groups(stacks, of, memory_limit) for of in apart.values())):
         wide = [_transposed_if_tall(stacks[i], stacks[i].shape) for i in members]
-        if in_turn and last is not None and group_of is None:
+        if waits and last is not None:
             wide[0] = _after(last, wide[0])
         joined = jnp.concatenate(wide) if len(wide) > 1 else wide[0]
         copied = joined.nbytes if len(wide) > 1 else 0
@@ -76,29 +74,36 @@ def orthogonalize_all(
 
 
 def _groups(
-    stacks: Sequence[Matrices], buckets: Sequence[list[int]], memory_limit: int
-) -> tuple[list[list[int]], bool]:
+    stacks: Sequence[Matrices], buckets: Mapping[Any, list[int]], memory_limit: int
+) -> list[tuple[bool, list[int]]]:
     """The members of each bucket, in groups that fit into the limit if all together do not.
 
-    And whether they do not, so that one group has to wait for the other. A stack of one leaf is no
-    copy; one of several may be there twice, before and after what is done in place.
+    And whether a group waits for the one before. A stack of several leaves is a copy, of a tall one
+    two, transposed and joined, and may be there twice, before and after what is done in place.
     """
-    # A tall one is copied twice: transposed, and joined to others.
-    sizes = [stack.nbytes * (1 + (stack.shape[1] > stack.shape[2])) for stack in stacks]
-    if sum(sizes) <= memory_limit // 2:
-        return list(buckets), False
+    size = [stack.nbytes * (1 + (stack.shape[1] > stack.shape[2])) for stack in stacks]
+    if sum(size[i] for i in chain(*buckets.values())) <= memory_limit // 2:
+        return [(False, members) for members in buckets.values()]
     groups: list[list[int]] = []
-    for members in buckets:
-        first, of_bucket = stacks[members[0]], sum(sizes[i] for i in members)
+    for members in buckets.values():
+        first, sizes = stacks[members[0]], [size[i] for i in members]
         fits = min(memory_limit // 3, memory_limit - working_bytes(first.shape[1:], first.dtype))
-        most, left = max(fits, of_bucket // _MAX_GROUPS), -1
-        for i in members:
-            left -= sizes[i]
-            if left < 0:
-                groups.append([])
-                left = most - sizes[i]
-            groups[-1].append(i)
-    return groups, True
+        packed = _packed(members, size, fits)
+        if len(packed) > _MAX_GROUPS:  # a full one then holds an eighth
+            packed = _packed(members, size, -(-sum(sizes) // _MAX_GROUPS) + max(sizes) - 1)
+        groups += packed
+    return [(turn > 0, members) for turn, members in enumerate(groups)]
+
+
+def _packed(members: Sequence[int], size: Sequence[int], most: int) -> list[list[int]]:
+    """The members in order, as many in a group as `most` has room for, and one at least."""
+    groups, left = [], -1
+    for i in members:
+        left -= size[i]
+        if left < 0:
+            groups, left = [*groups, []], most - size[i]
+        groups[-1].append(i)
+    return groups
 
 
 def _after(done: Array, stack: Matrices) -> Matrices:
@@ -107,8 +112,7 @@ def _after(done: Array, stack: Matrices) -> Matrices:
     XLA's CPU backend drops `optimization_barrier` before it puts operations in an order. It does
     not know that an integer without its sign is never negative.
     """
-    first = done[(0,) * done.ndim]
-    bits = jax.lax.bitcast_convert_type(first, f"int{jnp.finfo(done.dtype).bits}")
+    bits = jax.lax.bitcast_convert_type(done[(0,) * done.ndim], f"int{jnp.finfo(done.dtype).bits}")
     return jnp.where((bits & jnp.iinfo(bits.dtype).max) >= 0, stack, 0)
 
 
