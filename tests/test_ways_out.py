@@ -264,7 +264,7 @@ def test_the_way_out_of_a_message_leads_out(words, bad, goods):
         warnings.simplefilter("always")
         try:
             eval(bad, globals())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             told = [error]
     told += [note for of in told for note in getattr(of, "__notes__", [])]
     assert re.search(f"(?s){parts_of(words)}", "\n".join(map(str, told)))
