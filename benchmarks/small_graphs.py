@@ -34,7 +34,7 @@ REQUIREMENTS = ("torch==2.13.0", "numpy")
 TITLES = {
     "torch": "PyTorch, eager",
     "step": "JAX, a program for each step",
-    "steps": "JAX, many steps in one",
+    "steps": "JAX, many steps in one, own derivatives",
 }
 # Milliseconds a step as the authors published them (the repository names no processor), and what
 # is not alike: nothing is updated in the scalar graphs; a batch of the GPT is made outside of what
